@@ -35,7 +35,7 @@ class UserError(Exception):
         self.shared = shared
 
 
-class Interrupted(Exception):  # noqa: N818 - no error: the user or the cluster asked for it
+class Interrupted(Exception):
     """The work stopped because a signal asked for it, and everything needed to go on is saved."""
 
 

@@ -21,5 +21,6 @@ def resource(folder: str, *parts: str) -> Path:
         if (parent / folder).is_dir():
             return parent.joinpath(folder, *parts)
     raise UserError(
-        f"the folder {folder}/ is neither in {_PACKAGE} nor beside it; the installation is incomplete: reinstall dist_colorize"
+        f"the folder {folder}/ is neither in {_PACKAGE} nor beside it; "
+        "the installation is incomplete: reinstall dist_colorize"
     )
