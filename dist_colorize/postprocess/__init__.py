@@ -1,1 +1,1 @@
-"""Post-processing: from the network's features to a finished photograph, with what the network was unsure of repaired."""
+"""Post-processing: from the network's features to a finished photograph, repaired where the network was unsure."""

@@ -1,9 +1,9 @@
-"""What post-processing means, said once for the CPU and the GPU: the stages, the presets, and the primitives behind them.
+"""What post-processing means, said once for the CPU and the GPU: the stages, the presets, the primitives behind them.
 
 The network leaves 64 features per cell of a grid at half its working size. `decode` turns them into colour (`ab`) and a
 confidence; then the stages of a preset change `ab` where the network was unsure; at last `compose` merges `ab` with the
-photograph's own lightness. A `Backend` (cpu.TorchBackend, cuda.CudaBackend) supplies these five primitives and nothing else:
-order, parameters and presets live here.
+photograph's own lightness. A `Backend` (cpu.TorchBackend, cuda.CudaBackend) supplies these five primitives and nothing
+else: order, parameters and presets live here.
 
 A preset is a YAML file, in configs/postprocess/ or your own:
 
@@ -30,16 +30,16 @@ from dist_colorize.errors import UserError
 from dist_colorize.resources import resource
 
 LOGIT_LIMIT = 1e30
-"""Logits are clamped to +-LOGIT_LIMIT, NaN to -LOGIT_LIMIT, before the division by the temperature: every output is finite."""
+"""Logits are clamped to +-LOGIT_LIMIT, NaN to -LOGIT_LIMIT, before the division by the temperature: outputs are finite."""
 
 TRUNCATE = 3.0
 """The Gaussian ends at this many sigmas."""
 
 
 class Backend(Protocol):
-    """The five primitives. `ab` [B, 2, h, w] and `confidence` [B, h, w] are float32, contiguous and finite, on `device`.
+    """The primitives. `ab` [B, 2, h, w] and `confidence` [B, h, w] are float32, contiguous and finite, on `device`.
 
-    Every primitive returns new tensors and leaves its arguments alone. Cells outside a primitive's mask keep their bits.
+    Every primitive returns new tensors and leaves its arguments alone. Cells outside its mask keep their bits.
     """
 
     device: torch.device
@@ -47,7 +47,7 @@ class Backend(Protocol):
     def decode(self, features: Tensor, weight: Tensor, bias: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Features [B, C, h, w] (fp32, bf16 or fp16), head weight [313, C] and bias [313] -> (ab, confidence).
 
-        ab is the expectation of the 313 bin centres under softmax(logits / temperature), confidence the largest probability.
+        ab is the expectation of the 313 bin centres under softmax(logits / temperature), confidence its largest value.
         The logits are accumulated in fp32, clamped as LOGIT_LIMIT says, and never exist for the whole image at once.
         """
         ...
@@ -55,8 +55,8 @@ class Backend(Protocol):
     def blend(self, ab: Tensor, confidence: Tensor, sigma: float, low: float, high: float) -> Tensor:
         """w*ab + (1-w)*gaussian(ab, sigma) with w = clamp((confidence-low) / (high-low), 0, 1); untouched where w = 1.
 
-        For low = high: w = 1 where confidence >= low, else 0. The Gaussian is `gaussian_taps`, applied along both axes with
-        scipy's mode "reflect" (d c b a | a b c d | d c b a); the image may be smaller than the radius. sigma in cells.
+        For low = high: w = 1 where confidence >= low, else 0. The Gaussian is `gaussian_taps`, sigma in cells, along both
+        axes with scipy's mode "reflect" (d c b a | a b c d | d c b a); the image may be smaller than the radius.
         """
         ...
 
@@ -88,22 +88,23 @@ class Backend(Protocol):
         sweeps: int,
         sigma: float,
     ) -> Tensor:
-        """Suspect cells (chroma >= min_chroma and confidence < max_confidence) take the mean ab of their trusted neighbours.
+        """Suspect cells take the mean ab of their trusted neighbours, or a blur where those are too few.
 
-        Trusted at first: confidence >= max_confidence. In each sweep every suspect cell with at least `min_neighbours` trusted
-        cells in its (2*radius+1)^2 window (cut off at the image's border) takes their mean and is trusted in the next sweep
-        (Jacobi: a sweep reads only what the sweep before left). Ends early when a sweep repairs none. What is suspect after
-        the last sweep takes gaussian(ab as it came in, sigma).
+        Suspect: chroma >= min_chroma and confidence < max_confidence; trusted at first: confidence >= max_confidence.
+        In each sweep every suspect cell with at least `min_neighbours` trusted cells in its (2*radius+1)^2 window (cut off
+        at the image's border) takes their mean and is trusted in the next sweep (Jacobi: a sweep reads only what the sweep
+        before left). Ends early when a sweep repairs none. What is suspect after the last sweep takes gaussian(ab as it
+        came in, sigma).
         """
         ...
 
     def compose(self, lightness: Tensor, ab: Tensor, size: tuple[int, int], row0: int, bits: int) -> Tensor:
         """Rows row0 .. row0+n of the full-size picture: sRGB [n, W, 3], uint8 for bits = 8, uint16 for bits = 16.
 
-        lightness [n, W] float32 (L* 0..100) holds these rows; ab [2, h, w] is the whole grid; size = (H, W) of the whole
-        picture. ab is interpolated bilinearly at the pixels' centres (`bilinear_taps`), scaled towards neutral where the
-        colour is outside sRGB (color.lab.clamp_to_gamut), then Lab -> sRGB, rounded to the nearest level. The bits of a row
-        do not depend on how the picture is cut into strips.
+        lightness [n, W] float32 (L* 0..100) holds these rows; ab [2, h, w] is the whole grid; size = (H, W) of the
+        whole picture. ab is interpolated bilinearly at the pixels' centres (`bilinear_taps`), scaled towards neutral
+        where the colour is outside sRGB (color.lab.clamp_to_gamut), then Lab -> sRGB, rounded to the nearest level.
+        The bits of a row do not depend on how the picture is cut into strips.
         """
         ...
 
@@ -161,7 +162,7 @@ class ScaleChroma:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Repair:
-    """Replaces splotches (strong colour, low confidence) by the mean of confident neighbours, by a blur where there are too few."""
+    """Replaces splotches (strong colour, low confidence) by the mean of confident neighbours, or by a blur."""
 
     label: ClassVar[str] = "repaired"
 
@@ -213,7 +214,7 @@ class Preset:
     """How logits become colour: a temperature and a list of stages."""
 
     temperature: float = 0.38
-    """Logits are divided by it before the softmax: near 0 the likeliest bin wins, 1 averages all (washed-out colours)."""
+    """Divides the logits before the softmax: near 0 the likeliest bin wins, 1 averages all (washed-out colours)."""
     stages: tuple[Stage, ...] = ()
     """Applied in this order."""
 
@@ -224,7 +225,7 @@ class Preset:
 def decode_and_run(
     preset: Preset, backend: Backend, features: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[list[tuple[str, Tensor]], Tensor]:
-    """Features [B, C, h, w], head weight [313, C] and bias [313] -> ([("raw", ab), (label, ab) after each stage], confidence)."""
+    """Features [B, C, h, w], head weight [313, C] and bias [313] -> (results of `run`, confidence [B, h, w])."""
     ab, confidence = backend.decode(features, weight, bias, preset.temperature)
     return run(preset, backend, ab, confidence), confidence
 
@@ -287,7 +288,7 @@ class _PresetHead:
 
 
 def gaussian_taps(sigma: float) -> np.ndarray:
-    """float64 [2*radius+1] weights of scipy.ndimage.gaussian_filter with truncate=3: radius = int(3*sigma + 0.5), sum 1."""
+    """float64 [2*radius+1] weights of scipy.ndimage.gaussian_filter, truncate=3: radius = int(3*sigma + 0.5), sum 1."""
     radius = int(TRUNCATE * sigma + 0.5)
     taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     return taps / taps.sum()
@@ -297,8 +298,8 @@ def bilinear_taps(small: int, large: int, start: int, count: int) -> tuple[np.nd
     """For pixels start .. start+count of an axis of `large` pixels: (left int64, right int64, share of right float32).
 
     The axis is interpolated from `small` cells over the same extent: cell coordinate = (pixel + 0.5)*small/large - 0.5,
-    clamped to the outer cells' centres (torch's interpolate with align_corners=False). float64 until the last step, each
-    pixel by itself: a strip gets the same numbers as the whole.
+    clamped to the outer cells' centres (torch's interpolate with align_corners=False). Each pixel by itself, in float64
+    until the last step: a strip gets the same numbers as the whole.
     """
     centre = (np.arange(start, start + count, dtype=np.float64) + 0.5) * (small / large) - 0.5
     centre = np.clip(centre, 0.0, small - 1.0)

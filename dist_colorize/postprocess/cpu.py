@@ -1,0 +1,130 @@
+"""The five primitives of stages.Backend in plain torch: the CPU's own path, and the reference for the CUDA kernels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_colorize.color.gamut import bin_centers
+from dist_colorize.postprocess import merge
+from dist_colorize.postprocess.stages import LOGIT_LIMIT, gaussian_taps
+
+DECODE_CELLS = 4096
+"""Cells decoded at a time: their logits (4096 * 313 floats, 5 MB) stay in the processor's cache."""
+
+
+class TorchBackend:
+    """See stages.Backend for what each primitive means, its shapes and its units."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self._centers = torch.tensor(bin_centers(), dtype=torch.float32)
+
+    def decode(self, features: Tensor, weight: Tensor, bias: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        batch, channels, height, width = features.shape
+        # [B, C, h, w] -> [B, h, w, C] -> [B*h*w, C]: one row a cell
+        cells = features.movedim(1, -1).reshape(-1, channels)
+        keys, offset = weight.float().T, bias.float()
+        ab = torch.empty(len(cells), 2)
+        confidence = torch.empty(len(cells))
+        for start in range(0, len(cells), DECODE_CELLS):
+            here = slice(start, start + DECODE_CELLS)
+            logits = torch.addmm(offset, cells[here].float(), keys)
+            logits.nan_to_num_(nan=-LOGIT_LIMIT).clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
+            probability = torch.softmax(logits.div_(temperature), dim=1)
+            torch.mm(probability, self._centers, out=ab[here])
+            torch.amax(probability, dim=1, out=confidence[here])
+        # [B*h*w, 2] -> [B, h, w, 2] -> [B, 2, h, w]
+        ab = ab.view(batch, height, width, 2).movedim(-1, 1).contiguous()
+        return ab, confidence.view(batch, height, width)
+
+    def blend(self, ab: Tensor, confidence: Tensor, sigma: float, low: float, high: float) -> Tensor:
+        share = (confidence >= low).float() if low == high else ((confidence - low) / (high - low)).clamp(0, 1)
+        share = share.unsqueeze(1)
+        mixed = share * ab + (1 - share) * gaussian(ab, sigma)
+        return torch.where(share == 1, ab, mixed)
+
+    def scale_chroma(
+        self,
+        ab: Tensor,
+        confidence: Tensor,
+        min_chroma: float,
+        max_confidence: float,
+        hue: float,
+        hue_width: float,
+        factor: float,
+    ) -> Tensor:
+        chroma = _chroma(ab)
+        mask = (chroma > min_chroma) & (confidence < max_confidence)
+        if hue_width < 360:
+            angle = math.radians(hue)
+            along = ab[:, 0] * math.cos(angle) + ab[:, 1] * math.sin(angle)
+            mask &= along >= chroma * math.cos(math.radians(hue_width / 2))
+        scale = (min_chroma + (chroma - min_chroma) * factor) / chroma
+        return torch.where(mask.unsqueeze(1), ab * scale.unsqueeze(1), ab)
+
+    def repair(
+        self,
+        ab: Tensor,
+        confidence: Tensor,
+        min_chroma: float,
+        max_confidence: float,
+        radius: int,
+        min_neighbours: int,
+        sweeps: int,
+        sigma: float,
+    ) -> Tensor:
+        suspect = (_chroma(ab) >= min_chroma) & (confidence < max_confidence)
+        trusted = confidence >= max_confidence
+        current = ab.clone()
+        for _ in range(sweeps):
+            count = _window_sum(trusted.unsqueeze(1).float(), radius)
+            ready = suspect & (count.squeeze(1) >= min_neighbours)
+            if not ready.any():
+                break
+            # where, not a product: what is not trusted must not reach the sum, whatever it holds
+            total = _window_sum(torch.where(trusted.unsqueeze(1), current, 0.0), radius)
+            current = torch.where(ready.unsqueeze(1), total / count, current)
+            trusted = trusted | ready
+            suspect = suspect & ~ready
+        if suspect.any():
+            current = torch.where(suspect.unsqueeze(1), gaussian(ab, sigma), current)
+        return current
+
+    def compose(self, lightness: Tensor, ab: Tensor, size: tuple[int, int], row0: int, bits: int) -> Tensor:
+        return merge.compose(lightness, ab, size, row0, bits)
+
+
+def gaussian(image: Tensor, sigma: float) -> Tensor:
+    """Blurs [B, C, h, w] by `gaussian_taps(sigma)` along both axes, with scipy's mode "reflect" at the borders."""
+    taps = torch.tensor(gaussian_taps(sigma), dtype=torch.float32)
+    for axis in (-2, -1):
+        shape = [1, 1, 1, 1]
+        shape[axis] = len(taps)
+        # [B, C, h, w] -> [B*C, 1, h', w]: each channel by itself
+        padded = _reflect(image, axis, len(taps) // 2).flatten(0, 1).unsqueeze(1)
+        image = F.conv2d(padded, taps.view(shape)).view_as(image)
+    return image
+
+
+def _reflect(image: Tensor, axis: int, radius: int) -> Tensor:
+    """Extends an axis by `radius` on both sides, d c b a | a b c d | d c b a, as often as a short axis needs."""
+    size = image.shape[axis]
+    # The pattern repeats every 2*size
+    index = torch.arange(-radius, size + radius) % (2 * size)
+    return image.index_select(axis, torch.minimum(index, 2 * size - 1 - index))
+
+
+def _window_sum(image: Tensor, radius: int) -> Tensor:
+    """Sum over the (2*radius+1)^2 window of each cell of [B, C, h, w], zeros outside; exact for whole numbers."""
+    side = 2 * radius + 1
+    rows = F.avg_pool2d(image, (side, 1), stride=1, padding=(radius, 0), divisor_override=1)
+    return F.avg_pool2d(rows, (1, side), stride=1, padding=(0, radius), divisor_override=1)
+
+
+def _chroma(ab: Tensor) -> Tensor:
+    # [B, 2, h, w] -> [B, h, w]
+    return torch.sqrt(ab[:, 0] ** 2 + ab[:, 1] ** 2)
