@@ -4,8 +4,8 @@ Equals `lab_to_srgb(L, clamp_to_gamut(L, bilinear(ab)))` of color.lab, reordered
 gamut is decided in linear light, so the costly power of the sRGB curve is taken once for each channel.
 
 Tiles hold at most TILE pixels and their rows are padded to whole vectors. torch then neither splits an operation among
-threads nor ends it in the scalar tail loop, whose `pow` rounds differently. So a pixel's bits depend on the pixel alone:
-a picture composed in strips equals, to the bit, the picture composed at once. And the tiles fit into the cache.
+threads nor ends it in the scalar tail loop, whose `pow` rounds differently. So a pixel's bits depend on the pixel
+alone: a picture composed in strips equals, to the bit, the picture composed at once. And the tiles fit into the cache.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ def compose(lightness: Tensor, ab: Tensor, size: tuple[int, int], row0: int, bit
     """See stages.Backend.compose: lightness [n, W], ab [2, h, w] -> sRGB [n, W, 3], uint8 or uint16."""
     rows, width = lightness.shape
     height = size[0]
-    assert width == size[1] and row0 + rows <= height, (
-        f"rows {row0}+{rows} of width {width} are not in a picture of {size}"
-    )
+    if width != size[1] or not 0 <= row0 <= height - rows or bits not in (8, 16):
+        raise ValueError(f"rows {row0}+{rows} of width {width} with {bits} bits do not fit a picture of {size}")
     result = torch.empty(rows, width, 3, dtype=torch.uint8 if bits == 8 else torch.uint16)
     columns = min(-(-width // VECTOR) * VECTOR, TILE_WIDTH)
     step = TILE // columns

@@ -30,7 +30,7 @@ from dist_colorize.errors import UserError
 from dist_colorize.resources import resource
 
 LOGIT_LIMIT = 1e30
-"""Logits are clamped to +-LOGIT_LIMIT, NaN to -LOGIT_LIMIT, before the division by the temperature: outputs are finite."""
+"""Logits are clamped to +-LOGIT_LIMIT, NaN to -LOGIT_LIMIT, before the temperature divides them: outputs are finite."""
 
 TRUNCATE = 3.0
 """The Gaussian ends at this many sigmas."""
@@ -55,8 +55,8 @@ class Backend(Protocol):
     def blend(self, ab: Tensor, confidence: Tensor, sigma: float, low: float, high: float) -> Tensor:
         """w*ab + (1-w)*gaussian(ab, sigma) with w = clamp((confidence-low) / (high-low), 0, 1); untouched where w = 1.
 
-        For low = high: w = 1 where confidence >= low, else 0. The Gaussian is `gaussian_taps`, sigma in cells, along both
-        axes with scipy's mode "reflect" (d c b a | a b c d | d c b a); the image may be smaller than the radius.
+        For low = high: w = 1 where confidence >= low, else 0. The Gaussian is `gaussian_taps`, sigma in cells, along
+        both axes with scipy's mode "reflect" (d c b a | a b c d | d c b a); the image may be smaller than the radius.
         """
         ...
 
@@ -91,10 +91,10 @@ class Backend(Protocol):
         """Suspect cells take the mean ab of their trusted neighbours, or a blur where those are too few.
 
         Suspect: chroma >= min_chroma and confidence < max_confidence; trusted at first: confidence >= max_confidence.
-        In each sweep every suspect cell with at least `min_neighbours` trusted cells in its (2*radius+1)^2 window (cut off
-        at the image's border) takes their mean and is trusted in the next sweep (Jacobi: a sweep reads only what the sweep
-        before left). Ends early when a sweep repairs none. What is suspect after the last sweep takes gaussian(ab as it
-        came in, sigma).
+        In each sweep every suspect cell with at least `min_neighbours` trusted cells in its (2*radius+1)^2 window (cut
+        off at the image's border) takes their mean and is trusted in the next sweep (Jacobi: a sweep reads only what
+        the sweep before left). Ends early when a sweep repairs none. What is suspect after the last sweep takes
+        gaussian(ab as it came in, sigma).
         """
         ...
 
