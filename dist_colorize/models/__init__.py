@@ -1,0 +1,93 @@
+"""Networks and what they are trained for. A method is one class in `objectives` and one line in METHODS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_colorize.errors import UserError
+from dist_colorize.models.encoder import pretrained_vgg16_bn
+from dist_colorize.models.network import Network
+from dist_colorize.models.objectives import RebalancedCrossEntropy
+
+METHODS = {
+    "final": RebalancedCrossEntropy,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    method: str = "final"
+    """What is trained: a name in dist_colorize.models.METHODS."""
+    width: float = 1.0
+    """Channels of encoder and decoder as a multiple of VGG16's; pretrained weights need 1."""
+    encoder: str = "imagenet"
+    """imagenet: torchvision's VGG16-BN, frozen; a file with such a state dict, frozen; scratch: trained with the rest."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method}")
+        if not 0.05 <= self.width <= 4:
+            raise ValueError(f"width must be within 0.05..4, got {self.width}")
+
+
+def build(config: ModelConfig) -> Network:
+    """An untrained network for the config: its encoder is filled by `initialise` or from a checkpoint."""
+    network = Network(METHODS[config.method].outputs, config.width)
+    if config.encoder != "scratch":
+        network.encoder.freeze()
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def initialise(network: Network, config: ModelConfig, lightness: Tensor) -> None:
+    """Fills the encoder: pretrained weights, or statistics measured on L [B, 1, H, W] of the first photographs."""
+    if config.encoder == "scratch":
+        network.encoder.calibrate(network.image(lightness))
+    else:
+        network.encoder.load_vgg16_bn(*pretrained_vgg16_bn(config.encoder))
+
+
+class TrainingModule(nn.Module):
+    """Network, head and loss in one module: DDP must wrap all that a gradient passes through."""
+
+    def __init__(self, network: Network, objective: nn.Module) -> None:
+        super().__init__()
+        self.network, self.objective = network, objective
+
+    def forward(self, lightness: Tensor, ab: Tensor) -> tuple[Tensor, Tensor]:
+        """L [B, 1, H, W], ab [B, 2, H, W] -> loss sum, weight sum over this rank's pixels (0-dim, fp32)."""
+        loss, weight = self.objective(self.network.features(lightness), self.network.head, ab)
+        return loss, weight
+
+
+def restore(state: Mapping[str, Any]) -> Network:
+    """The network of a loaded checkpoint, in eval mode on the CPU; the moving average where one was kept.
+
+    Raises UserError naming the field when the checkpoint is of another architecture.
+    """
+    from dist_colorize.config import build as build_config
+
+    if not isinstance(state.get("config"), Mapping) or "model" not in state:
+        raise UserError("checkpoint: has no 'config' and 'model'; it was not written by dist_colorize.train")
+    network = build(build_config(ModelConfig, dict(state["config"].get("model", {})), "the checkpoint's config"))
+    load_weights(network, state.get("ema") or state["model"])
+    return network.eval().requires_grad_(False)
+
+
+def load_weights(network: Network, weights: Mapping[str, Tensor]) -> None:
+    """Copies a checkpoint's weights into the network. Raises UserError naming what does not fit."""
+    expected = network.state_dict()
+    for name in [*expected, *(weights.keys() - expected.keys())]:
+        if name not in expected or name not in weights:
+            where = "the checkpoint only" if name not in expected else "the network only"
+            raise UserError(f"checkpoint: {name} is in {where}: it is of another architecture (see model.method)")
+        if expected[name].shape != weights[name].shape:
+            raise UserError(
+                f"checkpoint: {name} has shape {tuple(weights[name].shape)}, the network asks for "
+                f"{tuple(expected[name].shape)}; set model.width as in the run that wrote it"
+            )
+    network.load_state_dict(weights)
