@@ -39,7 +39,7 @@ def _has_gpu() -> bool:
 
 @pytest.fixture
 def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`torchrun(nproc, *args, env=..., timeout=...)` runs args (a script or `-m module`, then arguments) in nproc ranks.
+    """`torchrun(nproc, *args, env=..., timeout=...)` runs a script or `-m module` with arguments in nproc ranks.
 
     Real torchrun on this machine's loopback, on a port that is free, one thread per rank unless `env` says otherwise.
     Returns the completed process with stdout and stderr as text; past `timeout` seconds every process of it is killed

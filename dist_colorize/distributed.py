@@ -1,0 +1,316 @@
+"""The processes of one run: who they are, on which device, and the few things they say to each other.
+
+    with session(DistributedConfig()) as world, StopFlag() as stop:
+        index = world.wait_for(build_index, stop)   # rank 0 works, the others wait; a signal ends both
+        for step in range(steps):
+            total = world.sum_(loss_sum)
+            if world.agree(stop.requested):         # every rank leaves at the same step
+                break
+
+Started by torchrun (or by anything that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) there are as many
+processes as it says; started by hand there is one, which goes through the same calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dist_colorize.errors import INTERRUPTED, Interrupted, UserError
+
+T = TypeVar("T")
+
+POLL_SECONDS = 0.2
+"""How often ranks that wait for rank 0's work agree on whether to go on."""
+
+SECOND_SIGNAL_SECONDS = 1.0
+"""A signal this long after the first one is a second wish. Launchers repeat one: `scancel` reaches torchrun and its
+ranks alike, and torchrun then tells the ranks again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """Where the ranks of a run compute and how they talk."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the network runs; auto is cuda where there is a GPU."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Transport of the collectives; auto is nccl where each rank has a GPU of its own, else gloo."""
+    timeout: float = 300.0
+    """Seconds that a rank waits for another one in a collective before it gives up."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout must be a number of seconds above 0, got {self.timeout}")
+        if self.device == "cpu" and self.backend == "nccl":
+            raise ValueError("backend nccl works on GPUs only; use gloo or auto with device cpu")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others. Every method but the properties is a collective: all ranks must call it."""
+
+    rank: int
+    """0 .. size - 1, over all nodes."""
+    local_rank: int
+    """0 .. local_size - 1, on this node."""
+    size: int
+    local_size: int
+    device: torch.device
+    backend: str
+    """gloo or nccl, for tensors on `device`; tensors on the CPU always go through gloo."""
+    threads: int
+    """CPU threads for this rank: the node's usable cores, shared out among its ranks."""
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is rank 0, the one that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replace `tensor` on every rank by its sum over the ranks; returns it. Exact for integers."""
+        dist.all_reduce(tensor, dist.ReduceOp.SUM)
+        return tensor
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank's flag is set. Goes over the CPU, so that no GPU has to finish its queue first."""
+        raised = torch.tensor([flag], dtype=torch.uint8)
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        return bool(raised.item())
+
+    def gather_objects(self, item: T) -> list[T]:
+        """The picklable `item` of every rank, by rank."""
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def broadcast_object(self, item: T) -> T:
+        """Rank 0's picklable `item`; what other ranks pass is ignored."""
+        box = [item if self.is_leader else None]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Return when every rank is here. Goes over the CPU."""
+        self.agree(False)
+
+    def wait_for(self, work: Callable[[], T] | None, stop: StopFlag | None = None) -> T:
+        """Rank 0 runs `work` (others may pass None) in a thread; every rank returns its result, which must pickle.
+
+        However long it takes, no collective times out. When any rank's `stop` is set, it becomes set on all ranks, so
+        that `work` can see it, rank 0 gives `work` ten seconds to return, and all ranks raise Interrupted.
+        An exception of `work` is raised on all ranks: UserError as it is, any other as RuntimeError elsewhere.
+        """
+        result: Any = None
+        error: BaseException | None = None
+        done = threading.Event()
+
+        def run() -> None:
+            nonlocal result, error
+            try:
+                result = work() if work else None
+            except BaseException as raised:
+                error = raised
+            done.set()
+
+        if self.is_leader:
+            threading.Thread(target=run, name="wait_for", daemon=True).start()
+        while True:
+            finished = self.is_leader and done.wait(POLL_SECONDS)  # the others wait in the collective below
+            state = torch.tensor([finished, stop is not None and stop.requested], dtype=torch.uint8)
+            dist.all_reduce(state, dist.ReduceOp.MAX)
+            finished, stopping = (bool(s) for s in state.tolist())
+            if stopping:  # before a look at the result: work that saw the flag may have returned half of it
+                if stop is not None:
+                    stop.request()
+                done.wait(10 if self.is_leader else 0)
+                raise Interrupted("stopped on request")
+            if finished:
+                break
+
+        if self.is_leader and error is not None:
+            shared = isinstance(error, UserError)
+            self.broadcast_object((None, shared, str(error) if shared else f"{type(error).__name__}: {error}"))
+            if shared:
+                raise UserError(str(error), shared=True) from error
+            raise error
+        value, shared, message = self.broadcast_object((result, False, None))
+        if message is not None:
+            raise UserError(message, shared=True) if shared else RuntimeError(f"rank 0 failed: {message}")
+        return value
+
+
+@contextlib.contextmanager
+def session(config: DistributedConfig) -> Iterator[World]:
+    """Join the process group that the environment describes; leave it at the end.
+
+    Raises UserError (on all ranks) where the device or the backend that the config asks for cannot be had.
+    """
+    environment = {name: _environment_number(name, 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    environment |= {name: _environment_number(name, 0) for name in ("RANK", "LOCAL_RANK")}
+    rank, size = environment["RANK"], environment["WORLD_SIZE"]
+    timeout = timedelta(seconds=config.timeout)
+    store: dist.Store = dist.HashStore()
+    if "RANK" in os.environ:
+        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+
+    device = _own_device(config, environment["LOCAL_RANK"])
+    backend = _agreed_backend(config, _exchange(store, rank, size, _identity(device)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    threads = max(1, usable_cores() // environment["LOCAL_WORLD_SIZE"])
+    torch.set_num_threads(threads)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device if backend == "nccl" else None,
+    )
+    world = World(rank, environment["LOCAL_RANK"], size, environment["LOCAL_WORLD_SIZE"], device, backend, threads)
+    try:
+        yield world
+        world.barrier()  # rank 0 may host the store that the others still need to leave in order
+    except BaseException:
+        if backend == "nccl":
+            # Ranks that still wait in a GPU collective would hold this one up; leaving ends the group as well.
+            raise
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def default_precision(device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """The fastest precision that `device` computes in hardware: bf16, else fp16 on a GPU and fp32 on a processor."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if cpu_has_bf16() else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor itself multiplies bf16 matrices (AVX512-BF16, Intel AMX); emulation is slower than fp32."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and a container's quota where one is set."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores)
+
+
+class StopFlag:
+    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 while it is entered; a second signal leaves the process at once.
+
+    The handler only sets the flag: the loops that poll it save and leave in order, all ranks at the same step.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._first: float | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in self.SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def request(self) -> None:
+        """Set the flag without a signal: another rank was told to stop."""
+        self.requested = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        elif now - self._first >= SECOND_SIGNAL_SECONDS:
+            os._exit(INTERRUPTED)
+
+
+def _environment_number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise UserError(f'the environment variable {name} must be a whole number, got "{text}"; start with torchrun')
+    return int(text)
+
+
+def _own_device(config: DistributedConfig, local_rank: int) -> torch.device:
+    """This rank's device; ranks beyond the number of GPUs share them in turn."""
+    if config.device == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        # A cluster may show each task its own GPU only, always with index 0: hence the remainder.
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    if config.device == "cuda" or config.backend == "nccl":
+        asked = "distributed.device=cuda" if config.device == "cuda" else "distributed.backend=nccl"
+        reason = (
+            "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no NVIDIA GPU or driver"
+        )
+        raise UserError(f"{asked} on {socket.gethostname()}: {reason}; set auto, or see python -m dist_colorize.doctor")
+    return torch.device("cpu")
+
+
+def _identity(device: torch.device) -> str:
+    """Two ranks have the same identity exactly when they compute on the same GPU of the same node."""
+    if device.type == "cpu":
+        return f"cpu {socket.gethostname()}"
+    return f"cuda {socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+
+
+def _exchange(store: dist.Store, rank: int, size: int, text: str) -> list[str]:
+    """The text of every rank, by rank; over the store, as there is no process group yet."""
+    store.set(f"identity/{rank}", text)
+    return [store.get(f"identity/{other}").decode() for other in range(size)]
+
+
+def _agreed_backend(config: DistributedConfig, identities: list[str]) -> str:
+    """The backend for tensors on the ranks' devices; the same answer on every rank, as all see all identities."""
+    kinds = [identity.split()[0] for identity in identities]
+    if len(set(kinds)) > 1:
+        rank, other = kinds.index("cpu"), kinds.index("cuda")
+        host = identities[rank].split()[1]
+        raise UserError(
+            f"rank {rank} on {host} has no GPU while rank {other} has one; "
+            "set distributed.device=cpu, or leave that node out",
+            shared=True,
+        )
+    if kinds[0] == "cpu":
+        return "gloo"
+    shared = next((i for i, identity in enumerate(identities) if identity in identities[:i]), None)
+    if config.backend == "nccl" and shared is not None:
+        first = identities.index(identities[shared])
+        raise UserError(
+            f"ranks {first} and {shared} share one GPU, which nccl cannot serve; "
+            "start no more ranks than GPUs, or set distributed.backend=auto",
+            shared=True,
+        )
+    if config.backend == "auto":
+        return "nccl" if shared is None else "gloo"
+    return config.backend

@@ -1,0 +1,310 @@
+"""The ranks of a run, under real torchrun on gloo: they compute, wait, stop and fail together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import kill_tree, rank_environment, torchrun_command
+
+from dist_colorize import distributed
+from dist_colorize.distributed import DistributedConfig, StopFlag, default_precision, session, usable_cores
+from dist_colorize.errors import UserError
+
+PRELUDE = """
+import json, os, signal, sys, time
+import torch
+from dist_colorize.distributed import DistributedConfig, StopFlag, session
+from dist_colorize.errors import Interrupted, UserError, run_command
+
+def note(**facts):
+    with open(f"{sys.argv[1]}/{os.environ['RANK']}.json", "w") as file:
+        json.dump(facts, file)
+
+def empty_root():
+    raise UserError("data.root: empty")
+
+def caught(kind, function, *args):
+    try:
+        function(*args)
+    except kind as error:
+        return f"{type(error).__name__}: {error}"
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Callable[[str], list[str]]:
+    """Write a rank's program; returns its arguments, the last of which is the folder for its notes."""
+
+    def write(body: str) -> list[str]:
+        path = tmp_path / "program.py"
+        path.write_text(PRELUDE + textwrap.dedent(body))
+        return [str(path), str(tmp_path)]
+
+    return write
+
+
+def notes(tmp_path: Path, ranks: int) -> list[dict[str, Any]]:
+    return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.mark.world_size(3)
+def test_ranks_sum_agree_and_share(tmp_path: Path, program: Any, torchrun: Any) -> None:
+    args = program("""
+        with session(DistributedConfig(timeout=3)) as world, StopFlag() as stop:
+            big = 2**53 + world.rank  # a float64 sum would lose the last bit
+            facts = dict(
+                who=[world.rank, world.local_rank, world.size, world.local_size, str(world.device), world.backend],
+                threads=[world.threads, torch.get_num_threads()],
+                sum=world.sum_(torch.tensor([big, world.rank])).tolist(),
+                agree=[world.agree(world.rank == 2), world.agree(False), world.agree(True)],
+                gathered=world.gather_objects({"rank": world.rank}),
+                broadcast=world.broadcast_object(f"from {world.rank}"),
+                # longer than the time-out of a collective
+                slow=world.wait_for((lambda: time.sleep(5) or "done") if world.is_leader else None),
+                user=caught(UserError, world.wait_for, empty_root),
+                bug=caught(Exception, world.wait_for, lambda: 1 // 0),
+            )
+            if world.rank == 1:
+                os.kill(os.getpid(), signal.SIGUSR2)
+            world.barrier()
+            before = stop.requested
+            def endless():
+                while not stop.requested:
+                    time.sleep(0.01)
+                return "half a result"
+            stopped = caught(Interrupted, world.wait_for, endless, stop)
+            note(**facts, stopped=stopped, requested=[before, stop.requested])
+        """)
+    done = torchrun(3, *args)
+    assert done.returncode == 0, done.stderr
+    for rank, facts in enumerate(notes(tmp_path, 3)):
+        assert facts["who"] == [rank, rank, 3, 3, "cpu", "gloo"]
+        assert facts["threads"] == [max(1, usable_cores() // 3)] * 2
+        assert facts["sum"] == [3 * 2**53 + 3, 3]
+        assert facts["agree"] == [True, False, True]
+        assert facts["gathered"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+        assert facts["broadcast"] == "from 0"
+        assert facts["slow"] == "done"
+        assert facts["user"] == "UserError: data.root: empty"
+        own = "ZeroDivisionError: integer division or modulo by zero"
+        assert facts["bug"] == (own if rank == 0 else f"RuntimeError: rank 0 failed: {own}")
+        assert facts["requested"] == [rank == 1, True]
+        assert facts["stopped"] == "Interrupted: stopped on request"
+
+
+STEPS = """
+    def main():
+        with session(DistributedConfig()) as world, StopFlag() as stop:
+            for step in range(10**6):
+                time.sleep(0.01 * (1 + world.rank))
+                if step == 5:
+                    note(started=True)
+                if world.agree(stop.requested):
+                    note(left=step, pid=os.getpid())
+                    raise Interrupted(f"at step {step}")
+    run_command(main)
+"""
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("everyone", [False, True], ids=["launcher", "launcher and ranks"])
+def test_a_signal_ends_all_ranks_at_the_same_step(tmp_path: Path, program: Any, everyone: bool) -> None:
+    command = torchrun_command(2, *program(STEPS))
+    process = subprocess.Popen(command, env=rank_environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not all((tmp_path / f"{rank}.json").exists() for rank in range(2)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        if everyone:  # as scancel does; torchrun then tells its ranks a second time
+            ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+            for rank in ranks.stdout.split():
+                os.kill(int(rank), signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        kill_tree(process.pid)
+    steps = [facts["left"] for facts in notes(tmp_path, 2)]
+    assert steps[0] == steps[1]
+    assert f"interrupted: at step {steps[0]}" in stderr
+
+
+@pytest.mark.world_size(2)
+def test_a_lost_peer_ends_the_others_soon(tmp_path: Path, program: Any, torchrun: Any) -> None:
+    args = program("""
+        with session(DistributedConfig(timeout=20)) as world:
+            world.barrier()
+            if world.rank == 1:
+                time.sleep(1)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                os.kill(os.getpid(), signal.SIGKILL)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            started = time.monotonic()
+            error = caught(RuntimeError, world.barrier)
+            note(error=error, seconds=time.monotonic() - started)
+        """)
+    assert torchrun(2, *args).returncode != 0
+    facts = json.loads((tmp_path / "0.json").read_text())
+    assert facts["error"] is not None
+    assert facts["seconds"] < 10
+
+
+def test_one_process_needs_no_launcher_and_makes_the_same_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    try:
+        for _ in range(2):  # a second session in the same process works like the first
+            with session(DistributedConfig(device="cpu")) as world:
+                assert (world.rank, world.size, world.is_leader, world.threads) == (0, 1, True, usable_cores())
+                assert world.sum_(torch.tensor([1.5])).item() == 1.5
+                assert world.gather_objects("x") == ["x"]
+                assert world.broadcast_object("x") == "x"
+                assert world.wait_for(lambda: 42) == 42
+                assert not world.agree(False)
+                with pytest.raises(ZeroDivisionError):
+                    world.wait_for(lambda: 1 // 0)
+        with pytest.raises(KeyError), session(DistributedConfig(device="cpu")):
+            raise KeyError
+        assert not torch.distributed.is_initialized()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("identities", "backend", "expected"),
+    [
+        (["cpu a", "cpu a", "cpu b"], "auto", "gloo"),
+        (["cuda a u0", "cuda a u1", "cuda b u2"], "auto", "nccl"),
+        (["cuda a u0", "cuda b u0"], "auto", "nccl"),
+        (["cuda a u0", "cuda a u1", "cuda a u0"], "auto", "gloo"),
+        (["cuda a u0"], "gloo", "gloo"),
+    ],
+)
+def test_the_backend_follows_from_all_devices(identities: list[str], backend: Any, expected: str) -> None:
+    assert distributed._agreed_backend(DistributedConfig(backend=backend), identities) == expected
+
+
+@pytest.mark.parametrize(
+    ("identities", "backend", "message"),
+    [
+        (["cuda a u0", "cpu b"], "auto", r"rank 1 on b has no GPU while rank 0 has one; .*distributed.device=cpu"),
+        (["cuda a u0", "cuda a u1", "cuda a u1"], "nccl", r"ranks 1 and 2 share one GPU.*distributed.backend=auto"),
+    ],
+)
+def test_devices_that_do_not_fit_together_are_named(identities: list[str], backend: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        distributed._agreed_backend(DistributedConfig(backend=backend), identities)
+
+
+def test_ranks_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [distributed._own_device(DistributedConfig(), rank).index for rank in range(4)] == [0, 1, 0, 1]
+    assert distributed._own_device(DistributedConfig(device="cpu"), 1) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("config", [DistributedConfig(device="cuda"), DistributedConfig(backend="nccl")])
+def test_asking_for_a_gpu_that_is_not_there_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, config: DistributedConfig
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"distributed.*no NVIDIA GPU or driver"):
+        distributed._own_device(config, 0)
+
+
+def test_impossible_settings() -> None:
+    with pytest.raises(ValueError, match="timeout"):
+        DistributedConfig(timeout=0)
+    with pytest.raises(ValueError, match="nccl works on GPUs only"):
+        DistributedConfig(device="cpu", backend="nccl")
+
+
+def test_a_broken_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match='WORLD_SIZE must be a whole number, got "two"'), session(DistributedConfig()):
+        pass
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_precision_follows_the_processor(monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: str) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16, "amx_bf16": False})
+    assert default_precision(torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_precision_follows_the_gpu(monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert default_precision(torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("number", StopFlag.SIGNALS)
+def test_the_handler_only_sets_the_flag_and_gives_way_afterwards(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopFlag() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # the launcher's echo of the same wish
+        time.sleep(0)  # let Python run the handlers
+        assert stop.requested
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_signal_leaves_at_once() -> None:
+    program = "from dist_colorize.distributed import StopFlag\nwith StopFlag():\n print(flush=True)\n time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import time\n{program}"], env=rank_environment(), stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(distributed.SECOND_SIGNAL_SECONDS + 0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 75
+
+
+def test_usable_cores_respects_the_affinity() -> None:
+    everything = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(everything)})
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, everything)
+    assert 1 <= usable_cores() <= len(everything)
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(2)
+def test_two_ranks_share_one_gpu_over_gloo(tmp_path: Path, program: Any, torchrun: Any) -> None:
+    args = program("""
+        with session(DistributedConfig()) as world:
+            note(backend=world.backend, sum=world.sum_(torch.ones(1, device=world.device)).item())
+        """)
+    done = torchrun(2, *args, env={"CUDA_VISIBLE_DEVICES": "0"})
+    assert done.returncode == 0, done.stderr
+    assert notes(tmp_path, 2) == [{"backend": "gloo", "sum": 2.0}] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(1)
+def test_one_gpu_talks_nccl_and_the_flag_stays_on_the_cpu(tmp_path: Path, program: Any, torchrun: Any) -> None:
+    args = program("""
+        with session(DistributedConfig()) as world:
+            total = world.sum_(torch.ones(1, device=world.device)).item()
+            note(backend=world.backend, agree=world.agree(True), sum=total)
+        """)
+    done = torchrun(1, *args)
+    assert done.returncode == 0, done.stderr
+    assert notes(tmp_path, 1) == [{"backend": "nccl", "agree": True, "sum": 1.0}]
