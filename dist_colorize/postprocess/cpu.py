@@ -1,4 +1,4 @@
-"""The five primitives of stages.Backend in plain torch: the CPU's own path, and the reference for the CUDA kernels."""
+"""The primitives of stages.Backend in plain torch: the CPU's own path, and the reference for the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ DECODE_CELLS = 4096
 
 
 class TorchBackend:
-    """See stages.Backend for what each primitive means, its shapes and its units."""
+    """See stages.Backend for what each primitive means, its shapes and its units.
 
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-        self._centers = torch.tensor(bin_centers(), dtype=torch.float32)
+    Runs on any device that torch knows: training scores its validation photographs where the network is.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._centers = torch.tensor(bin_centers(), dtype=torch.float32, device=self.device)
 
     def decode(self, features: Tensor, weight: Tensor, bias: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         batch, channels, height, width = features.shape
         # [B, C, h, w] -> [B, h, w, C] -> [B*h*w, C]: one row a cell
         cells = features.movedim(1, -1).reshape(-1, channels)
         keys, offset = weight.float().T, bias.float()
-        ab = torch.empty(len(cells), 2)
-        confidence = torch.empty(len(cells))
+        ab = torch.empty(len(cells), 2, device=self.device)
+        confidence = torch.empty(len(cells), device=self.device)
         for start in range(0, len(cells), DECODE_CELLS):
             here = slice(start, start + DECODE_CELLS)
             logits = torch.addmm(offset, cells[here].float(), keys)
@@ -100,7 +103,7 @@ class TorchBackend:
 
 def gaussian(image: Tensor, sigma: float) -> Tensor:
     """Blurs [B, C, h, w] by `gaussian_taps(sigma)` along both axes, with scipy's mode "reflect" at the borders."""
-    taps = torch.tensor(gaussian_taps(sigma), dtype=torch.float32)
+    taps = torch.tensor(gaussian_taps(sigma), dtype=torch.float32, device=image.device)
     for axis in (-2, -1):
         shape = [1, 1, 1, 1]
         shape[axis] = len(taps)
@@ -114,7 +117,7 @@ def _reflect(image: Tensor, axis: int, radius: int) -> Tensor:
     """Extends an axis by `radius` on both sides, d c b a | a b c d | d c b a, as often as a short axis needs."""
     size = image.shape[axis]
     # The pattern repeats every 2*size
-    index = torch.arange(-radius, size + radius) % (2 * size)
+    index = torch.arange(-radius, size + radius, device=image.device) % (2 * size)
     return image.index_select(axis, torch.minimum(index, 2 * size - 1 - index))
 
 

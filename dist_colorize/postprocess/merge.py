@@ -40,9 +40,10 @@ def compose(lightness: Tensor, ab: Tensor, size: tuple[int, int], row0: int, bit
     height = size[0]
     if width != size[1] or not 0 <= row0 <= height - rows or bits not in (8, 16):
         raise ValueError(f"rows {row0}+{rows} of width {width} with {bits} bits do not fit a picture of {size}")
-    result = torch.empty(rows, width, 3, dtype=torch.uint8 if bits == 8 else torch.uint16)
-    columns = min(-(-width // VECTOR) * VECTOR, TILE_WIDTH)
-    step = TILE // columns
+    result = torch.empty(rows, width, 3, dtype=torch.uint8 if bits == 8 else torch.uint16, device=lightness.device)
+    on_cpu = lightness.device.type == "cpu"
+    columns = min(-(-width // VECTOR) * VECTOR, TILE_WIDTH) if on_cpu else width
+    step = TILE // columns if on_cpu else rows
     tiles = [(top, left) for left in range(0, width, columns) for top in range(0, rows, step)]
 
     def fill(tile: tuple[int, int]) -> None:
@@ -50,8 +51,7 @@ def compose(lightness: Tensor, ab: Tensor, size: tuple[int, int], row0: int, bit
         here = (slice(top, top + step), slice(left, left + columns))
         level = lightness[here]
         count, used = level.shape
-        # Padding repeats the last column's colour over black: any value would do.
-        padded = torch.zeros(count, -(-used // VECTOR) * VECTOR)
+        padded = level.new_zeros(count, -(-used // VECTOR) * VECTOR)
         padded[:, :used] = level
         a, b = _upsample(ab, size, row0 + top, count, left, padded.shape[1])
         for channel, values in enumerate(_srgb(padded, a, b)):
@@ -67,16 +67,18 @@ def compose(lightness: Tensor, ab: Tensor, size: tuple[int, int], row0: int, bit
 
 def _upsample(ab: Tensor, size: tuple[int, int], top: int, rows: int, left: int, columns: int) -> tuple[Tensor, Tensor]:
     """Bilinear a and b, each [rows, columns], for the tile at (top, left) of a picture of `size`; ab is [2, h, w]."""
-    upper, lower, down = (torch.from_numpy(taps) for taps in bilinear_taps(ab.shape[1], size[0], top, rows))
-    before, after, along = (torch.from_numpy(taps) for taps in bilinear_taps(ab.shape[2], size[1], left, columns))
+    vertical = bilinear_taps(ab.shape[1], size[0], top, rows)
     # Along the rows first, where there are few: a tile of many pixels spans few cells.
-    first = int(upper[0])
-    cells = ab[:, first : int(lower[-1]) + 1]
+    first, last = vertical[0][0], vertical[1][-1]
+    cells = ab[:, first : last + 1]
+    upper, lower, down = (torch.from_numpy(taps).to(ab.device) for taps in vertical)
+    horizontal = bilinear_taps(ab.shape[2], size[1], left, columns)
+    before, after, along = (torch.from_numpy(taps).to(ab.device) for taps in horizontal)
     # [2, h', columns]
     start, end = cells.index_select(2, before), cells.index_select(2, after)
     lines = start + along * (end - start)
     # [2, rows, columns]
-    start, end = lines.index_select(1, upper - first), lines.index_select(1, lower - first)
+    start, end = lines.index_select(1, upper - int(first)), lines.index_select(1, lower - int(first))
     a, b = (start + down.view(1, -1, 1) * (end - start)).unbind(0)
     return a, b
 
