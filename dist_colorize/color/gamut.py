@@ -47,9 +47,9 @@ def bin_centers() -> NDArray[np.float64]:
     return centers
 
 
-def _table() -> NDArray[np.int16]:
+def _table() -> NDArray[np.int32]:
     """Bin of every node of the SIDE x SIDE grid, row = a, column = b; -1 where the node is no bin."""
-    table = np.full((SIDE, SIDE), -1, dtype=np.int16)
+    table = np.full((SIDE, SIDE), -1, dtype=np.int32)
     a, b = (bin_centers() / STEP).astype(int).T + REACH
     table[a, b] = np.arange(BINS)
     return table
@@ -67,7 +67,8 @@ class Gamut(nn.Module):
         centers, table = bin_centers(), _table()
         grid = STEP * (np.stack(np.meshgrid(*[np.arange(SIDE)] * 2, indexing="ij"), axis=-1) - REACH)
         # [SIDE, SIDE, 1, 2] - [313, 2] -> squared distances [SIDE, SIDE, 313]
-        nearest = ((grid[:, :, None] - centers) ** 2).sum(axis=-1).argmin(axis=-1).astype(np.int16)
+        nearest = ((grid[:, :, None] - centers) ** 2).sum(axis=-1).argmin(axis=-1).astype(np.int32)
+        # int32, as gloo broadcasts no int16
         self.register_buffer("centers", torch.tensor(centers, dtype=torch.float32), persistent=False)
         self.register_buffer("_bins", torch.tensor(table).flatten(), persistent=False)
         self.register_buffer("_nearest", torch.tensor(nearest).flatten(), persistent=False)
@@ -78,7 +79,7 @@ class Gamut(nn.Module):
     def nearest(self, ab: Tensor) -> Tensor:
         """Hard labels: ab [B, 2, h, w] -> int16 [B, h, w] in 0..312, the bin with the nearest centre."""
         a, b = (ab / STEP).round().long().add_(REACH).clamp_(0, SIDE - 1).unbind(-3)
-        return self._nearest[a * SIDE + b]
+        return self._nearest[a * SIDE + b].short()
 
     def soft(self, ab: Tensor, neighbours: int = 5, sigma: float = 5.0) -> tuple[Tensor, Tensor]:
         """Soft targets: a Gaussian of width `sigma` (ab units) over the nearest bins, normalised to 1.
@@ -99,7 +100,7 @@ class Gamut(nn.Module):
             real = (label >= 0) & (row == a + da) & (column == b + db)
             offset = torch.stack([STEP * (row - REACH), STEP * (column - REACH)], dim=-3).to(ab) - ab
             distances.append(torch.where(real, offset.square().sum(-3), torch.inf))
-            candidates.append(label.clamp(min=0))  # weighs 0 where it is no bin
+            candidates.append(label.clamp(min=0).short())  # weighs 0 where it is no bin
         # [B, 9 or 25, h, w] -> the K nearest of them
         nearest, order = torch.stack(distances, dim=-3).topk(neighbours, dim=-3, largest=False)
         labels = torch.stack(candidates, dim=-3).gather(-3, order)

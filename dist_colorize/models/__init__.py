@@ -40,7 +40,10 @@ def build(config: ModelConfig) -> Network:
     network = Network(METHODS[config.method].outputs, config.width)
     if config.encoder != "scratch":
         network.encoder.freeze()
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    # not the head: its 1x1 weight is used as a matrix, whose gradient is laid out as one
+    for part in (network.encoder, network.decoder):
+        part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def initialise(network: Network, config: ModelConfig, lightness: Tensor) -> None:

@@ -1,0 +1,173 @@
+"""One training step: gradients of the global weighted mean, in mixed precision, accumulated, clipped, applied.
+
+The loss is sum(w * nll) / sum(w), both sums over every pixel of the global batch, on whichever rank. DDP averages
+gradients over ranks, and the sum of weights is known only when the last rank has seen its last pixel. So each rank
+back-propagates its *sum*, divided by the number of pixels of the global batch (the weights have mean 1, so this is the
+right magnitude for half precision); what remains, pixels / sum(w), is one exact factor for all gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dist_colorize.distributed import World, default_precision
+from dist_colorize.errors import UserError
+from dist_colorize.models import TrainingModule
+from dist_colorize.models.network import OUTPUT_STRIDE, Network
+
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = 100_000
+    """Optimizer steps in all."""
+    global_batch: int = 256
+    """Photographs per step over all ranks; must be a multiple of the world size."""
+    micro_batch: int | None = None
+    """Photographs a rank takes at a time; it accumulates gradients over its share of a step. null: the whole share."""
+    lr: float = 1e-3
+    """Learning rate of Adam after the warm-up."""
+    warmup: int = 1000
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up: a cosine down to 0 at the last step, or no change."""
+    clip: float | None = 1.0
+    """Largest L2 norm of the gradient; larger ones are scaled down to it. null: no clipping."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast dtype. auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    ema: float | None = None
+    """Decay per step of a moving average of the weights, which evaluation then uses; 0.999 is usual. null: none."""
+    seed: int = 0
+    """Seeds the data order, the crops and the initial weights."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    validate_every: int = 5000
+    """Steps between validations; 0: only at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "validate_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1 or null, got {self.micro_batch}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip must be above 0 or null, got {self.clip}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema must be between 0 and 1 or null, got {self.ema}")
+
+    def local_batch(self, world_size: int) -> int:
+        """Photographs per rank and step. Raises UserError where the world size does not divide the global batch."""
+        if self.global_batch % world_size:
+            nearest = max(1, round(self.global_batch / world_size)) * world_size
+            raise UserError(
+                f"train.global_batch={self.global_batch} cannot be shared by {world_size} ranks; give a multiple, such as "
+                f"train.global_batch={nearest}, or start another number of processes",
+                shared=True,
+            )
+        return self.global_batch // world_size
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of step 0, 1, ...: a pure function, so that a resumed run needs no schedule state."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup))) / 2
+
+
+class Optimisation:
+    """DDP, Adam, GradScaler and the moving average around one TrainingModule."""
+
+    def __init__(self, module: TrainingModule, config: TrainConfig, world: World) -> None:
+        self.module, self.config, self.world = module, config, world
+        self.precision = default_precision(world.device) if config.precision == "auto" else config.precision
+        self.ddp = DistributedDataParallel(
+            module,
+            device_ids=[world.device] if world.device.type == "cuda" else None,
+            forward_sync_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.adam = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == "fp16")
+        self.average = None
+        if config.ema is not None:
+            self.average = AveragedModel(module.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+
+    @property
+    def network(self) -> Network:
+        """The network to evaluate: the moving average where there is one."""
+        network: Network = self.module.network if self.average is None else self.average.module  # type: ignore[assignment]
+        return network
+
+    def step(self, number: int, lightness: Tensor, ab: Tensor) -> Tensor:
+        """One optimizer step on this rank's L [B, 1, H, W] and ab [B, 2, H, W]; returns the global mean loss, 0-dim.
+
+        `number` counts from 0. The result stays on the device: reading it is the caller's host synchronisation.
+        """
+        for group in self.adam.param_groups:
+            group["lr"] = self.config.learning_rate(number)
+        positions = ab.shape[-2] * ab.shape[-1] // OUTPUT_STRIDE**2
+        pixels = len(ab) * self.world.size * positions
+        micro = self.config.micro_batch or len(ab)
+        parts = list(zip(lightness.split(micro), ab.split(micro), strict=True))
+        sums = torch.zeros(2, dtype=torch.float64, device=ab.device)
+        for part, (part_lightness, part_ab) in enumerate(parts):
+            last = part == len(parts) - 1
+            with nullcontext() if last else self.ddp.no_sync():
+                with torch.autocast(ab.device.type, DTYPE[self.precision], enabled=self.precision != "fp32"):
+                    loss, weight = self.ddp(part_lightness, part_ab)
+                self.scaler.scale(loss * (self.world.size / pixels)).backward()
+            sums += torch.stack([loss.detach(), weight]).double()
+        loss_sum, weight_sum = self.world.sum_(sums)
+        self.scaler.unscale_(self.adam)
+        self._scale_gradients(pixels / weight_sum)
+        self.scaler.step(self.adam)
+        self.scaler.update()
+        self.adam.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.module.network)
+        return loss_sum / weight_sum
+
+    def _scale_gradients(self, factor: Tensor) -> None:
+        """Multiplies all gradients by the factor, then by what clipping asks for: one pass."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        factor = factor.to(gradients[0].dtype)
+        if self.config.clip is not None:
+            norm = nn.utils.get_total_norm(gradients) * factor
+            factor = factor * (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the optimisation; the network is saved beside it, under `model`."""
+        return {
+            "model": self.module.network.state_dict(),
+            "ema": None if self.average is None else self.average.module.state_dict(),
+            "optimizer": self.adam.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict()`. The caller has checked that the checkpoint is of this configuration."""
+        self.module.network.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["ema"] or state["model"])
+            self.average.n_averaged.fill_(1)
+        self.adam.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
