@@ -1,0 +1,312 @@
+"""What a run leaves behind: its folder, metrics.jsonl, TensorBoard, status.json, and the progress line.
+
+run = open_run(RunConfig(), world, recipe_yaml)     # rank 0 prints `run: runs/colorize-20260101-120000-1a2b3c`
+with run:
+    run.resume(step)                                # of the checkpoint, before the first log
+    run.log(step, loss=loss, images_per_second=rate)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Self
+
+import numpy as np
+from tqdm import tqdm
+
+from dist_colorize.distributed import World
+from dist_colorize.errors import Interrupted, UserError
+
+State = Literal["running", "finished", "interrupted", "failed"]
+
+STATUS_SECONDS = 10.0
+"""How often status.json is renewed, so that a run that was killed can be told from one that works."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run keeps what it writes."""
+
+    dir: str | None = None
+    """The run folder itself: a new one, or one to go on from. Empty: a new folder below `root`."""
+    root: str = "runs"
+    """Folder of all runs."""
+    name: str = "colorize"
+    """First part of a new run folder's name; time and a digest of the config follow."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.+-]{1,100}", self.name) or self.name.startswith("."):
+            raise ValueError(f'name must be letters, digits and ._+- without a dot in front, got "{self.name}"')
+        if self.dir == "":
+            raise ValueError("dir must be a folder, or null for a new one")
+
+
+def open_run(config: RunConfig, world: World, recipe_yaml: str) -> Run:
+    """Decide and make the run folder on rank 0, print it there, and open it on all ranks. A collective.
+
+    The folder's config.yaml becomes `recipe_yaml`; another one that is there already is kept as config.1.yaml, ...
+    Raises UserError (on all ranks) when the folder cannot be made.
+    """
+
+    def prepare() -> str:
+        digest = hashlib.blake2b(recipe_yaml.encode("utf-8", "surrogateescape"), digest_size=3).hexdigest()
+        path = (
+            Path(config.dir)
+            if config.dir
+            else Path(config.root) / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}-{digest}"
+        )
+        try:
+            path = path if config.dir else _new_folder(path)
+            for part in ("checkpoints", "tensorboard", "panels"):
+                (path / part).mkdir(parents=True, exist_ok=True)
+            _write_config(path, recipe_yaml)
+        except OSError as error:
+            key = "run.dir" if config.dir else "run.root"
+            raise UserError(f"cannot make the run folder {path}: {error.strerror or error}; set {key}") from error
+        print(f"run: {path}", flush=True)
+        return str(path)
+
+    return Run(Path(world.wait_for(prepare)), world.is_leader)
+
+
+class Run:
+    """The folder of one run, open on every rank; only rank 0 writes. As a context it closes with what happened."""
+
+    def __init__(self, path: Path, writes: bool) -> None:
+        self.path = path
+        self.writes = writes
+        self._metrics: IO[str] | None = None
+        self._board: Any = None
+        self._resumed_at: int | None = None
+        self._step: int | None = None
+        self._status_at = -math.inf
+        self._complained = False
+        self._guard(self._status, "running")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def panels(self) -> Path:
+        """Folder of the pictures."""
+        return self.path / "panels"
+
+    def resume(self, step: int) -> None:
+        """Forget what was logged after `step` steps, as the run goes on from there; 0 for a start. Before the first log."""
+        if self._metrics is not None:
+            raise RuntimeError("resume comes before the first log")
+        self._resumed_at = step
+        self._guard(_drop_after, self.path / "metrics.jsonl", step)
+
+    def log(self, step: int, **values: float) -> None:
+        """Append one line to metrics.jsonl and one point per value to TensorBoard.
+
+        Values are numbers or one-element tensors; what is not finite becomes null in metrics.jsonl.
+        """
+        if self.writes:
+            self._guard(self._log, step, values)
+
+    def image(self, tag: str, step: int, image: np.ndarray) -> None:
+        """Show a picture in TensorBoard: uint8 [H, W, 3]."""
+        if self.writes:
+            self._guard(lambda: self._open().add_image(tag, image, step, dataformats="HWC"))
+
+    def close(self, state: State = "finished") -> None:
+        """Write everything out and say in status.json how the run ended."""
+        self._guard(self._close)
+        self._guard(self._status, state)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close("finished")
+        else:
+            self.close("interrupted" if issubclass(kind, (Interrupted, KeyboardInterrupt)) else "failed")
+
+    def _guard(self, write: Callable[..., Any], *args: Any) -> None:
+        """Rank 0 writes; a full disk costs a line of the log and one warning, not the training."""
+        if not self.writes:
+            return
+        try:
+            write(*args)
+        except OSError as error:
+            if not self._complained:
+                self._complained = True
+                print(f"warning: cannot write to {self.path}: {error.strerror or error}; going on", file=sys.stderr)
+
+    def _open(self) -> Any:
+        """TensorBoard's writer, opened late: its import takes a second, and `resume` may come first."""
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Points from purge_step on that an earlier process wrote are hidden: they will be written again.
+            self._board = SummaryWriter(
+                str(self.path / "tensorboard"),
+                purge_step=None if self._resumed_at is None else self._resumed_at + 1,
+                flush_secs=10,
+            )
+        return self._board
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        self._step = step
+        if self._metrics is None:
+            self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        line = {"step": step} | {name: n if math.isfinite(n) else None for name, n in numbers.items()}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        for name, number in numbers.items():
+            self._open().add_scalar(name, number, step)
+        if time.monotonic() - self._status_at >= STATUS_SECONDS:
+            self._status("running")
+
+    def _close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _status(self, state: State) -> None:
+        self._status_at = time.monotonic()
+        facts = {
+            "state": state,
+            "step": self._step,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        _replace(self.path / "status.json", json.dumps(facts, indent=1) + "\n")
+
+
+class Progress:
+    """How far the steps are: a bar on rank 0's terminal, a plain line now and then where stderr is none.
+
+        with Progress("train", world, total=1000, done=200) as progress:
+            progress.update(images=64, loss=loss)
+
+    A tensor as loss is looked at only when it is shown, so that a GPU need not finish its queue at every step.
+    """
+
+    TERMINAL_SECONDS = 0.5
+    PLAIN_SECONDS = 10.0
+
+    def __init__(self, label: str, world: World, total: int, done: int = 0) -> None:
+        self.label = label
+        self.total = total
+        self.done = done
+        self._shows = world.is_leader
+        self._images = 0
+        self._steps = 0
+        self._since = time.monotonic()
+        self._rate = 0.0
+        self._seconds_per_step = 0.0
+        self._losses: dict[str, Any] = {}
+        self._bar: tqdm[Any] | None = None
+        if self._shows and sys.stderr.isatty():
+            form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+            self._bar = tqdm(desc=label, total=total, initial=done, bar_format=form, dynamic_ncols=True, miniters=1)
+
+    def update(self, images: int, **values: Any) -> None:
+        """One step is done, with this many images on all ranks together; `values` are shown with it."""
+        if not self._shows:
+            return
+        self.done += 1
+        self._steps += 1
+        self._images += images
+        self._losses = values
+        every = self.TERMINAL_SECONDS if self._bar is not None else self.PLAIN_SECONDS
+        if time.monotonic() - self._since >= every or self.done == self.total:
+            self._show()
+
+    def close(self) -> None:
+        """Leave the bar as it is and give the terminal back."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        elapsed = max(now - self._since, 1e-9)
+        # Mean over the interval, smoothed over the last few of them.
+        share = 1.0 if self._rate == 0 else 0.3
+        self._rate += share * (self._images / elapsed - self._rate)
+        self._seconds_per_step += share * (elapsed / max(self._steps, 1) - self._seconds_per_step)
+        self._since, self._images, self._steps = now, 0, 0
+        left = timedelta(seconds=round((self.total - self.done) * self._seconds_per_step))
+        values = [f"{name} {float(value):.4g}" for name, value in self._losses.items()]
+        facts = ", ".join([*values, f"{self._rate:.4g} images/s", f"ETA {left}"])
+        if self._bar is not None:
+            self._bar.n = self.done
+            self._bar.set_postfix_str(facts, refresh=True)
+        else:
+            print(f"{self.label} {self.done}/{self.total}  {facts}", file=sys.stderr, flush=True)
+
+
+def _new_folder(path: Path) -> Path:
+    """Make a folder that nobody has: two runs may start in the same second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 1000):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            candidate.mkdir()
+            return candidate
+    raise FileExistsError(f"{path} and 999 more are there already")
+
+
+def _write_config(path: Path, recipe_yaml: str) -> None:
+    current = path / "config.yaml"
+    if current.exists() and current.read_text(encoding="utf-8") != recipe_yaml:
+        number = next(n for n in range(1, sys.maxsize) if not (path / f"config.{n}.yaml").exists())
+        shutil.copy2(current, path / f"config.{number}.yaml")
+    _replace(current, recipe_yaml)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the lines of metrics.jsonl up to `step`; a line that a kill cut off goes as well."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    _replace(path, "".join(kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,260 @@
+"""The run folder: decided once, truthful after a resume, and no reason for a training to end."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_colorize import tracking
+from dist_colorize.distributed import DistributedConfig, World, session
+from dist_colorize.errors import Interrupted, UserError
+from dist_colorize.tracking import Progress, RunConfig, open_run
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.delenv("RANK", raising=False)
+    threads = torch.get_num_threads()
+    with session(DistributedConfig(device="cpu")) as world:
+        yield world
+    torch.set_num_threads(threads)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def points(path: Path, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(path / "tensorboard"))
+    board.Reload()
+    return [(point.step, point.value) for point in board.Scalars(tag)]
+
+
+def status(path: Path) -> dict[str, Any]:
+    return json.loads((path / "status.json").read_text())
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def test_a_new_run_has_its_own_folder_and_says_so_first(
+    tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = RunConfig(root=str(tmp_path / "runs"), name="sepia")
+    first, second = open_run(config, world, "a: 1\n"), open_run(config, world, "a: 1\n")
+    assert first.path != second.path  # also within one second
+    assert re.fullmatch(r"sepia-\d{8}-\d{6}-[0-9a-f]{6}", first.path.name)
+    assert capsys.readouterr().out == f"run: {first.path}\nrun: {second.path}\n"
+    names = {p.name for p in first.path.iterdir()}
+    assert names == {"checkpoints", "tensorboard", "panels", "config.yaml", "status.json"}
+    assert (first.path / "config.yaml").read_text() == "a: 1\n"
+    assert (first.checkpoints, first.panels) == (first.path / "checkpoints", first.path / "panels")
+
+
+def test_a_given_folder_is_used_again_and_older_configs_are_kept(tmp_path: Path, world: World) -> None:
+    config = RunConfig(dir=str(tmp_path / "deep" / "my run"))
+    for text in ("a: 1\n", "a: 1\n", "a: 2\n", "a: 3\n"):
+        run = open_run(config, world, text)
+    assert run.path == tmp_path / "deep" / "my run"
+    texts = [(run.path / name).read_text() for name in ("config.yaml", "config.1.yaml", "config.2.yaml")]
+    assert texts == ["a: 3\n", "a: 1\n", "a: 2\n"]
+    assert not (run.path / "config.3.yaml").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_key(tmp_path: Path, world: World) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot make the run folder .*file/run: Not a directory; set run.dir"):
+        open_run(RunConfig(dir=str(tmp_path / "file" / "run")), world, "")
+    with pytest.raises(UserError, match=r"set run\.root"):
+        open_run(RunConfig(root=str(tmp_path / "file")), world, "")
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "..", "x" * 101, "a b"])
+def test_a_name_cannot_leave_the_folder_of_runs(name: str) -> None:
+    with pytest.raises(ValueError, match="name must be letters"):
+        RunConfig(name=name)
+
+
+@pytest.mark.world_size(2)
+def test_all_ranks_get_one_folder_and_one_rank_writes(tmp_path: Path, torchrun: Any) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from dist_colorize.distributed import DistributedConfig, session\n"
+        "from dist_colorize.tracking import RunConfig, open_run\n"
+        "with session(DistributedConfig(device='cpu')) as world:\n"
+        "    with open_run(RunConfig(root=sys.argv[1]), world, 'a: 1') as run:\n"
+        "        run.resume(0)\n"
+        "        run.log(1, rank=world.rank)\n"
+        "    paths = world.gather_objects(str(run.path))\n"
+        "    assert len(set(paths)) == 1, paths\n"
+    )
+    done = torchrun(2, program, tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "runs").iterdir()
+    assert done.stdout == f"run: {path}\n"
+    assert lines(path) == [{"step": 1, "rank": 0.0}]
+
+
+# ---------------------------------------------------------------- the logs
+
+
+def test_logs_after_a_resume_are_those_of_one_run(tmp_path: Path, world: World) -> None:
+    config = RunConfig(dir=str(tmp_path))
+    with open_run(config, world, "") as run:
+        run.resume(0)
+        for step in range(1, 6):
+            run.log(step, loss=torch.tensor(step / 2), rate=step)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # a kill in the middle of a line
+    with open_run(config, world, "") as run:
+        run.resume(3)
+        for step in (4, 5, 6):
+            run.log(step, loss=step * 10, rate=step)
+    expected = [(1, 0.5), (2, 1.0), (3, 1.5), (4, 40.0), (5, 50.0), (6, 60.0)]
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == expected
+    assert points(tmp_path, "loss") == expected
+    with open_run(config, world, "") as run:
+        run.resume(0)
+        run.log(1, loss=7)
+    assert lines(tmp_path) == [{"step": 1, "loss": 7.0}]
+    assert points(tmp_path, "loss") == [(1, 7.0)]
+
+
+def test_each_line_is_there_as_soon_as_it_is_logged_and_is_strict_json(tmp_path: Path, world: World) -> None:
+    run = open_run(RunConfig(dir=str(tmp_path)), world, "")
+    run.log(1, loss=float("nan"), rate=float("inf"), n=3)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None, "rate": None, "n": 3.0}
+    with pytest.raises(RuntimeError, match="resume comes before"):
+        run.resume(1)
+    run.close()
+
+
+def test_pictures_reach_tensorboard_to_the_bit(tmp_path: Path, world: World) -> None:
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    with open_run(RunConfig(dir=str(tmp_path)), world, "") as run:
+        run.image("panel", 3, picture)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    (event,) = board.Images("panel")
+    assert event.step == 3
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), picture)
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (None, "finished"),
+        (Interrupted("x"), "interrupted"),
+        (KeyboardInterrupt(), "interrupted"),
+        (KeyError(), "failed"),
+    ],
+)
+def test_the_status_tells_how_the_run_ended(
+    tmp_path: Path, world: World, error: BaseException | None, state: str
+) -> None:
+    try:
+        with open_run(RunConfig(dir=str(tmp_path)), world, "") as run:
+            assert status(tmp_path)["state"] == "running"
+            assert status(tmp_path)["pid"] == os.getpid()
+            run.log(8, loss=1)
+            if error:
+                raise error
+    except (Interrupted, KeyboardInterrupt, KeyError):
+        pass
+    assert status(tmp_path)["state"] == state
+    assert status(tmp_path)["step"] == 8
+
+
+def test_a_full_disk_costs_a_warning_and_no_training(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_run(RunConfig(dir=str(tmp_path)), world, "")
+
+    def full(*args: Any, **options: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", full)
+        patch.setattr(Path, "write_text", full)
+        run.log(1, loss=1)
+        run.log(2, loss=1)
+    run.log(3, loss=1)
+    run.close()
+    assert lines(tmp_path) == [{"step": 3, "loss": 1.0}]
+    assert capsys.readouterr().err == f"warning: cannot write to {tmp_path}: No space left on device; going on\n"
+
+
+# ---------------------------------------------------------------- progress
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(tracking.time, "monotonic", lambda: self.now)
+
+
+def test_plain_lines_tell_loss_rate_and_time_left(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    with Progress("train", world, total=100, done=40) as progress:
+        for step in range(60):
+            clock.now += 0.5
+            progress.update(images=32, loss=torch.tensor(1.0 - step / 100))
+    assert capsys.readouterr().err.splitlines() == [
+        "train 60/100  loss 0.81, 64 images/s, ETA 0:00:20",
+        "train 80/100  loss 0.61, 64 images/s, ETA 0:00:10",
+        "train 100/100  loss 0.41, 64 images/s, ETA 0:00:00",
+    ]
+
+
+def test_a_terminal_gets_a_bar_and_the_loss_is_read_only_when_shown(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    class Loss:
+        reads = 0
+
+        def __float__(self) -> float:
+            Loss.reads += 1
+            return 0.25
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    clock = Clock(monkeypatch)
+    with Progress("train", world, total=100) as progress:
+        for _ in range(100):
+            clock.now += 0.125
+            progress.update(images=4, loss=Loss())
+    assert Loss.reads == 25
+    last = terminal.getvalue().split("\r")[-1]
+    assert "train 100%" in last
+    assert "100/100, loss 0.25, 32 images/s, ETA 0:00:00" in last
+
+
+def test_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    other = World(1, 1, 2, 2, torch.device("cpu"), "gloo", 1)
+    with Progress("train", other, total=1) as progress:
+        progress.update(images=4, loss=1)
+    assert capsys.readouterr().err == ""
