@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_colorize import config as configuration
+from dist_colorize.checkpoint import load_module
 from dist_colorize.errors import UserError
 from dist_colorize.models.encoder import pretrained_vgg16_bn
 from dist_colorize.models.network import Network
@@ -72,25 +74,8 @@ def restore(state: Mapping[str, Any]) -> Network:
 
     Raises UserError naming the field when the checkpoint is of another architecture.
     """
-    from dist_colorize.config import build as build_config
-
     if not isinstance(state.get("config"), Mapping) or "model" not in state:
         raise UserError("checkpoint: has no 'config' and 'model'; it was not written by dist_colorize.train")
-    network = build(build_config(ModelConfig, dict(state["config"].get("model", {})), "the checkpoint's config"))
-    load_weights(network, state.get("ema") or state["model"])
+    network = build(configuration.build(ModelConfig, dict(state["config"].get("model", {})), "the checkpoint's config"))
+    load_module(network, state.get("ema") or state["model"], "the checkpoint")
     return network.eval().requires_grad_(False)
-
-
-def load_weights(network: Network, weights: Mapping[str, Tensor]) -> None:
-    """Copies a checkpoint's weights into the network. Raises UserError naming what does not fit."""
-    expected = network.state_dict()
-    for name in [*expected, *(weights.keys() - expected.keys())]:
-        if name not in expected or name not in weights:
-            where = "the checkpoint only" if name not in expected else "the network only"
-            raise UserError(f"checkpoint: {name} is in {where}: it is of another architecture (see model.method)")
-        if expected[name].shape != weights[name].shape:
-            raise UserError(
-                f"checkpoint: {name} has shape {tuple(weights[name].shape)}, the network asks for "
-                f"{tuple(expected[name].shape)}; set model.width as in the run that wrote it"
-            )
-    network.load_state_dict(weights)
