@@ -18,7 +18,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -108,7 +108,7 @@ class Run:
         return self.path / "panels"
 
     def resume(self, step: int) -> None:
-        """Forget what was logged after `step` steps, as the run goes on from there; 0 for a start. Before the first log."""
+        """Forget what was logged after `step` steps, where the run goes on (0: a start). Call it before the first log."""
         if self._metrics is not None:
             raise RuntimeError("resume comes before the first log")
         self._resumed_at = step
@@ -122,10 +122,10 @@ class Run:
         if self.writes:
             self._guard(self._log, step, values)
 
-    def image(self, tag: str, step: int, image: np.ndarray) -> None:
-        """Show a picture in TensorBoard: uint8 [H, W, 3]."""
+    def validation(self, step: int, scores: Mapping[str, Mapping[str, float]], panel: np.ndarray | None) -> None:
+        """Show scores, stage -> metric -> value, and a picture, uint8 [H, W, 3], in TensorBoard."""
         if self.writes:
-            self._guard(lambda: self._open().add_image(tag, image, step, dataformats="HWC"))
+            self._guard(self._validation, step, scores, panel)
 
     def close(self, state: State = "finished") -> None:
         """Write everything out and say in status.json how the run ended."""
@@ -179,6 +179,14 @@ class Run:
             self._open().add_scalar(name, number, step)
         if time.monotonic() - self._status_at >= STATUS_SECONDS:
             self._status("running")
+
+    def _validation(self, step: int, scores: Mapping[str, Mapping[str, float]], panel: np.ndarray | None) -> None:
+        for stage, row in scores.items():
+            for metric, value in row.items():
+                # metric first: TensorBoard groups by what stands before the slash
+                self._open().add_scalar(f"{metric}/{stage}", value, step)
+        if panel is not None:
+            self._open().add_image("panel", panel, step, dataformats="HWC")
 
     def _close(self) -> None:
         if self._metrics is not None:
@@ -267,6 +275,35 @@ class Progress:
             self._bar.set_postfix_str(facts, refresh=True)
         else:
             print(f"{self.label} {self.done}/{self.total}  {facts}", file=sys.stderr, flush=True)
+
+
+class Meter:
+    """How fast training goes between two readings, and which share of the time it waits for data."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was counted: something else than training has taken time."""
+        self._start, self._waited, self._images = time.monotonic(), 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the moment that the next batch is taken."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def count(self, images: int) -> None:
+        """One step is done, with this many images on all ranks together."""
+        self._images += images
+
+    def read(self) -> dict[str, float]:
+        """`images_per_second` over all ranks and `data_wait`, 0..1, since the last reading."""
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        values = {"images_per_second": self._images / elapsed, "data_wait": self._waited / elapsed}
+        self.restart()
+        return values
 
 
 def _new_folder(path: Path) -> Path:
