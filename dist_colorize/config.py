@@ -59,6 +59,12 @@ def dump(config: Any) -> str:
     return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=120)
 
 
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values, nested as the dataclasses are; what `build` takes."""
+    plain: dict[str, Any] = _plain(config)
+    return plain
+
+
 def describe(cls: type) -> str:
     """One block per key, for --help: `section.key: type = default` and the meaning of the key below it."""
     blocks = []

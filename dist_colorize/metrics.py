@@ -1,4 +1,4 @@
-"""How far a picture is from the truth. Every metric is per picture, so that a mean over a data set is a sum and a count."""
+"""How far a picture is from the truth. Every metric is per picture, so that a mean over a set is a sum and a count."""
 
 from __future__ import annotations
 

@@ -75,8 +75,8 @@ class TrainConfig:
         if self.global_batch % world_size:
             nearest = max(1, round(self.global_batch / world_size)) * world_size
             raise UserError(
-                f"train.global_batch={self.global_batch} cannot be shared by {world_size} ranks; give a multiple, such as "
-                f"train.global_batch={nearest}, or start another number of processes",
+                f"train.global_batch={self.global_batch} cannot be shared by {world_size} ranks; give a multiple, "
+                f"such as train.global_batch={nearest}, or start another number of processes",
                 shared=True,
             )
         return self.global_batch // world_size

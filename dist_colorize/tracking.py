@@ -108,7 +108,7 @@ class Run:
         return self.path / "panels"
 
     def resume(self, step: int) -> None:
-        """Forget what was logged after `step` steps, where the run goes on (0: a start). Call it before the first log."""
+        """Forget what was logged after `step` steps, where the run goes on. Call it before the first log."""
         if self._metrics is not None:
             raise RuntimeError("resume comes before the first log")
         self._resumed_at = step

@@ -19,7 +19,7 @@ def channels_first(image: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("photograph", ["astronaut", "chelsea", "coffee", "rocket"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
 def test_lab_equals_scikit_image(photograph: str, dtype: torch.dtype, tolerance: float) -> None:
     image = getattr(skimage.data, photograph)() / 255.0
     expected = channels_first(skimage.color.rgb2lab(image))

@@ -42,12 +42,12 @@ def test_folded_encoder_equals_torchvision_at_every_stride(vgg16_bn: torch.nn.Se
     image = torch.randn(1, 3, 48, 64)
     expected, x = [], image
     with torch.no_grad():
-        for position, layer in enumerate(vgg16_bn):
+        for layer in vgg16_bn:
             if isinstance(layer, torch.nn.MaxPool2d):
                 expected.append(x)
             x = layer(x)
         found = encoder(image)
-    assert position == 43 and encoder.channels == (128, 256, 512, 512)
+    assert encoder.channels == (128, 256, 512, 512)
     for stride, ours, theirs in zip((2, 4, 8, 16), found, expected[1:], strict=True):
         assert ours.shape[-2:] == (48 // stride, 64 // stride)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -69,7 +69,7 @@ def test_pretrained_weights_come_from_a_file(vgg16_bn: torch.nn.Sequential, tmp_
 
 
 @pytest.mark.parametrize(
-    "content, complaint",
+    ("content", "complaint"),
     [(None, "no such file"), (b"not a checkpoint", "not a PyTorch state dict"), ({}, "0 BatchNorm"), ([1], "a list")],
 )
 def test_bad_weights_are_named(content: object, complaint: str, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_weights_out_of_reach_name_the_remedy(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     config = ModelConfig(encoder="imagenet")
-    with pytest.raises(UserError, match="copy it to .*model.encoder=FILE.*model.encoder=scratch"):
+    with pytest.raises(UserError, match=r"copy it to .*model.encoder=FILE.*model.encoder=scratch"):
         initialise(build(config), config, random_lightness())
 
 
@@ -99,7 +99,7 @@ def test_pretrained_weights_need_full_width(vgg16_bn: torch.nn.Sequential, tmp_p
     file = tmp_path / "vgg.pth"
     torch.save({f"features.{k}": v for k, v in vgg16_bn.state_dict().items()}, file)
     config = ModelConfig(encoder=str(file), width=0.5)
-    with pytest.raises(UserError, match="model.width=1"):
+    with pytest.raises(UserError, match=r"model\.width=1"):
         initialise(build(config), config, random_lightness())
 
 

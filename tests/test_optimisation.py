@@ -40,11 +40,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run(run_torchrun, tmp_path_factory.mktemp("alone"), 1)
 
 
-@pytest.mark.parametrize("ranks, micro_batch", [(2, "null"), (4, "null"), (1, "2"), (2, "1")])
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(2, "null"), (4, "null"), (1, "2"), (2, "1")])
 def test_step_does_not_depend_on_world_size_or_accumulation(
     torchrun: Torchrun, tmp_path: Path, alone: dict[str, Any], ranks: int, micro_batch: str
 ) -> None:
-    """Adam divides by the gradient's size, so a weight may move by lr in the direction of rounding noise: hence 1e-4."""
+    """Adam divides by the gradient's size, so a weight may move by lr in the direction of rounding noise."""
     found = run(torchrun, tmp_path, ranks, "fp32", micro_batch)
     assert found["losses"] == pytest.approx(alone["losses"], rel=2e-5)
     assert furthest(found["model"], alone["model"]) < 1e-4
@@ -61,7 +61,7 @@ def test_moving_average_lags_behind(torchrun: Torchrun, tmp_path: Path, alone: d
 
 
 def test_first_loss_and_update_equal_the_plain_computation(alone: dict[str, Any]) -> None:
-    """One process, torch's own cross entropy with mean reduction over the whole batch, clipping and Adam by the book."""
+    """One process, torch's own cross entropy with mean reduction over the batch, clipping and Adam by the book."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     config = ModelConfig(width=0.125, encoder="scratch")
@@ -99,7 +99,9 @@ def test_global_batch_must_be_shared_evenly() -> None:
         TrainConfig(global_batch=10).local_batch(4)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"lr": 0.0}, {"clip": -1.0}, {"ema": 1.0}, {"micro_batch": 0}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"lr": 0.0}, {"clip": -1.0}, {"ema": 1.0}, {"micro_batch": 0}, {"seed": -1}]
+)
 def test_impossible_values_name_the_field(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TrainConfig(**wrong)

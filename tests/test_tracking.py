@@ -19,7 +19,7 @@ import torch
 from dist_colorize import tracking
 from dist_colorize.distributed import DistributedConfig, World, session
 from dist_colorize.errors import Interrupted, UserError
-from dist_colorize.tracking import Progress, RunConfig, open_run
+from dist_colorize.tracking import Meter, Progress, RunConfig, open_run
 
 
 @pytest.fixture
@@ -144,15 +144,17 @@ def test_each_line_is_there_as_soon_as_it_is_logged_and_is_strict_json(tmp_path:
     run.close()
 
 
-def test_pictures_reach_tensorboard_to_the_bit(tmp_path: Path, world: World) -> None:
+def test_validation_reaches_tensorboard_to_the_bit(tmp_path: Path, world: World) -> None:
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     with open_run(RunConfig(dir=str(tmp_path)), world, "") as run:
-        run.image("panel", 3, picture)
+        run.validation(3, {"raw": {"psnr": 21.5}, "final": {"psnr": 22.25}}, picture)
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("psnr/final")] == [(3, 22.25)]
+    assert [(e.step, e.value) for e in board.Scalars("psnr/raw")] == [(3, 21.5)]
     (event,) = board.Images("panel")
     assert event.step == 3
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), picture)
@@ -258,3 +260,18 @@ def test_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("train", other, total=1) as progress:
         progress.update(images=4, loss=1)
     assert capsys.readouterr().err == ""
+
+
+def test_the_meter_measures_rate_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("dist_colorize.tracking.time.monotonic", lambda: now)
+    meter = Meter()
+    for _ in range(2):
+        with meter.waiting():
+            now += 1
+        now += 3
+        meter.count(images=16)
+    assert meter.read() == {"images_per_second": 4.0, "data_wait": 0.25}
+    now += 2
+    meter.count(images=1)
+    assert meter.read() == {"images_per_second": 0.5, "data_wait": 0.0}

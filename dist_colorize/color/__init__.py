@@ -1,1 +1,1 @@
-"""Colour: sRGB <-> CIE Lab, the 313 bins of the ab plane, and the class weights that follow from how often each occurs."""
+"""Colour: sRGB <-> CIE Lab, the 313 bins of the ab plane, and class weights from how often each occurs."""

@@ -75,7 +75,7 @@ def lightness(rgb: Tensor) -> Tensor:
 
 
 def gray_from_lightness(lightness: Tensor) -> Tensor:
-    """The sRGB gray level, 0..1, whose L* is `lightness` (0..100); any shape. What a gray photograph's pixel would hold."""
+    """The sRGB gray level, 0..1, whose L* is `lightness` (0..100); any shape. What a gray photograph would hold."""
     return srgb_from_linear(_f_inverse((lightness + 16) / 116))
 
 

@@ -28,7 +28,7 @@ class ModelConfig:
     width: float = 1.0
     """Channels of encoder and decoder as a multiple of VGG16's; pretrained weights need 1."""
     encoder: str = "imagenet"
-    """imagenet: torchvision's VGG16-BN, frozen; a file with such a state dict, frozen; scratch: trained with the rest."""
+    """imagenet: torchvision's VGG16-BN, frozen; or a file with its state dict, frozen; scratch: trained as well."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -12,7 +12,6 @@ dependence on how a batch is cut over ranks. It has two sources:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -76,7 +75,8 @@ class Encoder(nn.Module):
             if number:
                 image = F.max_pool2d(image, 2)
             for convolution in block.children():
-                assert isinstance(convolution, nn.Conv2d) and convolution.bias is not None
+                assert isinstance(convolution, nn.Conv2d)
+                assert convolution.bias is not None
                 response = convolution(image)
                 variance, mean = torch.var_mean(response, dim=(0, 2, 3), correction=0)
                 scale = (variance + 1e-5).rsqrt()
@@ -96,7 +96,9 @@ class Encoder(nn.Module):
                 f"{len(convolutions)}; give a state dict of torchvision's vgg16_bn"
             )
         for layer, convolution in zip(layers, convolutions, strict=True):
-            norm = {k: state[f"features.{layer}.{k}"].double() for k in ("weight", "bias", "running_mean", "running_var")}
+            norm = {
+                k: state[f"features.{layer}.{k}"].double() for k in ("weight", "bias", "running_mean", "running_var")
+            }
             before = f"features.{int(layer) - 1}"
             weight, bias = state[f"{before}.weight"].double(), state[f"{before}.bias"].double()
             if weight.shape != convolution.weight.shape:
@@ -123,7 +125,7 @@ def pretrained_vgg16_bn(encoder: str) -> tuple[Mapping[str, Tensor], str]:
         try:
             return weights.get_state_dict(progress=False, check_hash=True), str(weights)
         except (OSError, RuntimeError) as error:
-            file = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(weights.url)
+            file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
             raise UserError(
                 f"model.encoder=imagenet: torchvision's VGG16-BN weights could not be had ({error}); download "
                 f"{weights.url} on a connected machine and copy it to {file}, or give the file as model.encoder=FILE, "

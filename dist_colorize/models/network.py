@@ -22,7 +22,7 @@ FEATURES = 64
 
 
 class Up(nn.Module):
-    """Doubles the resolution with a transposed convolution and adds a 1x1 projection of the encoder's features there."""
+    """Doubles the resolution with a transposed convolution and adds a projection of the encoder's features there."""
 
     def __init__(self, inputs: int, skip: int, outputs: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Network(nn.Module):
         self.std: Tensor
 
     def image(self, lightness: Tensor) -> Tensor:
-        """What the encoder sees: the gray photograph as RGB with ImageNet's statistics, [B, 1, H, W] -> [B, 3, H, W]."""
+        """What the encoder sees: the gray photograph as RGB, ImageNet's statistics; [B, 1, H, W] -> [B, 3, H, W]."""
         image = (gray_from_lightness(lightness) - self.mean) / self.std
         return image.contiguous(memory_format=torch.channels_last)
 

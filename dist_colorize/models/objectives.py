@@ -1,7 +1,7 @@
 """What a network is trained for. An objective turns features and the true ab into a loss *sum* and the sum of weights.
 
-Sums, not means: the mean over the global batch is the ratio of two sums over all ranks (a mean of the ranks' means would
-weigh a rank with many rare colours wrongly), and the training step divides once.
+Sums, not means: the mean over the global batch is the ratio of two sums over all ranks (a mean of the ranks' means
+would weigh a rank with many rare colours wrongly), and the training step divides once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHUNK = {"cpu": 4096, "cuda": 65536}
 
 
 class RebalancedCrossEntropy(nn.Module):
-    """Cross entropy over the 313 bins, each pixel weighted by its true bin's class weight (Zhang et al. 2016, eq. 2)."""
+    """Cross entropy over 313 bins, each pixel weighted by its true bin's class weight (Zhang et al. 2016, eq. 2)."""
 
     outputs: ClassVar[int] = BINS
     """Channels of the head."""

@@ -1,0 +1,177 @@
+"""Trains a colorizer.
+
+    torchrun --nproc_per_node=2 -m dist_colorize.train                                   # the quickstart
+    torchrun --nproc_per_node=8 -m dist_colorize.train --config configs/final.yaml data.root=/photos
+    torchrun --nproc_per_node=8 -m dist_colorize.train --config RUN/config.yaml run.dir=RUN  # goes on where RUN stopped
+
+Exit codes: 0 finished, 75 interrupted by a signal and resumable, 1 failed, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dist_colorize import checkpoint, config
+from dist_colorize.checkpoint import load_module
+from dist_colorize.color.rebalance import class_weights, prior
+from dist_colorize.data import Loader, Order, evaluation_batches, open_photographs
+from dist_colorize.data.histogram import count_colours
+from dist_colorize.distributed import StopFlag, World, session
+from dist_colorize.errors import Interrupted, UserError, run_command
+from dist_colorize.evaluation import Evaluation, evaluate, protocol, write_evaluation
+from dist_colorize.models import METHODS, TrainingModule, build, initialise
+from dist_colorize.optimisation import Optimisation
+from dist_colorize.postprocess.stages import load_preset
+from dist_colorize.recipe import Recipe, load_recipe
+from dist_colorize.tracking import Meter, Progress, Run, open_run
+
+CALIBRATION = 32
+"""Photographs on which an encoder trained from scratch measures its BatchNorm statistics."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    recipe = load_recipe(__doc__ or "", argv)
+    with (
+        session(recipe.distributed) as world,
+        StopFlag() as stop,
+        open_run(recipe.run, world, config.dump(recipe)) as run,
+    ):
+        train(recipe, world, run, stop)
+
+
+def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
+    """One training run, from its photographs to its evaluation; goes on from the run folder's newest checkpoint."""
+    settings = recipe.train
+    torch.manual_seed(settings.seed)
+    local_batch = settings.local_batch(world.size)
+    preset = load_preset(recipe.evaluate.preset)
+    training, validation = open_photographs(recipe.data, world, stop)
+    state = newest_checkpoint(run, world)
+    if state:
+        check_same_run(state, recipe, training.fingerprint)
+
+    # What the network is to learn: which colours are rare among these photographs.
+    if state:
+        weights = state["class_weights"]
+    else:
+        cells = count_colours(training, recipe.data, recipe.loss.sample, world, stop)
+        weights = class_weights(prior(cells, recipe.loss), recipe.loss.rebalance)
+
+    # The network, and the optimizer around it.
+    order = Order(len(training), training.fingerprint, settings.seed)
+    loader = Loader(training, recipe.data, order, world, local_batch)
+    network = build(recipe.model)
+    if state:
+        load_module(network, state["model"], run.checkpoints)
+    else:
+        initialise(network, recipe.model, loader.first(CALIBRATION).L.cpu())
+    module = TrainingModule(network, METHODS[recipe.model.method](weights)).to(world.device)
+    optimisation = Optimisation(module, settings, world)
+    if state:
+        optimisation.load_state_dict(state)
+        torch.set_rng_state(state["rng"][world.rank % len(state["rng"])])
+
+    def validate(step: int) -> Evaluation:
+        batches = evaluation_batches(validation, recipe.data, world, recipe.evaluate.batch)
+        result = evaluate(optimisation.network, batches, preset, world, recipe.evaluate.pictures, stop)
+        run.validation(step, result.scores, result.panel() if result.pictures else None)
+        return result
+
+    def save(step: int) -> int:
+        whole = optimisation.state_dict() | {
+            "step": step,
+            "position": step * settings.global_batch,
+            "schedule": {"learning_rate": settings.learning_rate(step)},
+            "rng": world.gather_objects(torch.get_rng_state()),
+            "class_weights": weights,
+            "fingerprint": training.fingerprint,
+            "config": config.to_dict(recipe),
+            "run": str(run.path),
+        }
+        if world.is_leader:
+            checkpoint.save(run.checkpoints, step, whole, recipe.checkpoint.keep)
+        return step
+
+    # The steps. Between two of them all ranks agree on whether to go on; what is due before a step is done first, so
+    # that a run cut off there does it again when it is resumed.
+    step = saved = int(state["step"]) if state else 0
+    run.resume(step)
+    meter = Meter()
+    with loader, Progress("train", world, settings.steps, step) as progress:
+        batches = loader.batches(step)
+        try:
+            while step < settings.steps:
+                if world.agree(stop.requested):
+                    raise Interrupted(f"after step {step} of {settings.steps}; run.dir={run.path} goes on from there")
+                if settings.validate_every and step and step % settings.validate_every == 0:
+                    validate(step)
+                    meter.restart()
+                with meter.waiting():
+                    batch = next(batches)
+                loss = optimisation.step(step, batch.L, batch.ab)
+                step += 1
+                meter.count(settings.global_batch)
+                progress.update(settings.global_batch, loss=loss)
+                if step % settings.log_every == 0 or step in (1, settings.steps):
+                    run.log(step, loss=loss.item(), learning_rate=settings.learning_rate(step - 1), **meter.read())
+                if step % recipe.checkpoint.every == 0 or step == settings.steps:
+                    saved = save(step)
+        except Interrupted:
+            if step > saved:
+                save(step)
+            raise
+
+    result = validate(step)
+    if world.is_leader:
+        write_evaluation(run.path, result, protocol(recipe.data, recipe.evaluate.preset))
+        print(f"{result.count} photographs:\n{result.table()}\npictures: {run.panels / 'final.png'}", flush=True)
+    return result
+
+
+def newest_checkpoint(run: Run, world: World) -> dict[str, Any] | None:
+    """The newest whole checkpoint of the run folder, the same one on every rank; says what was skipped."""
+
+    def find() -> str | None:
+        found = checkpoint.newest(run.checkpoints)
+        if found is None:
+            return None
+        state, path, skipped = found
+        for line in skipped:
+            print(f"skipped: {line}", flush=True)
+        print(f"resuming from {path}, step {state['step']}", flush=True)
+        return str(path)
+
+    path = world.wait_for(find)
+    return None if path is None else checkpoint.load(path)
+
+
+def check_same_run(state: Mapping[str, Any], recipe: Recipe, fingerprint: str) -> None:
+    """Raises UserError when a resumed run would not be the same run: other data, order, network or loss."""
+    if state["fingerprint"] != fingerprint:
+        raise UserError(
+            f"data.root={recipe.data.root}: the photographs are not those of the checkpoint (fingerprint "
+            f"{fingerprint[:12]}, was {state['fingerprint'][:12]}); give those, or another run.dir to start anew",
+            shared=True,
+        )
+    now, then = config.to_dict(recipe), state["config"]
+    fixed = {
+        "data": ("crop", "scale", "ratio", "flip"),
+        "model": tuple(now["model"]),
+        "loss": tuple(now["loss"]),
+        "train": ("global_batch", "lr", "warmup", "schedule", "clip", "ema", "seed"),
+    }
+    for section, names in fixed.items():
+        for name in names:
+            if now[section][name] != then[section][name]:
+                raise UserError(
+                    f"{section}.{name}={now[section][name]}: the checkpoint was made with {then[section][name]}; set "
+                    f"{section}.{name}={then[section][name]}, or give another run.dir to start anew",
+                    shared=True,
+                )
+
+
+if __name__ == "__main__":
+    run_command(main)
