@@ -1,0 +1,123 @@
+"""The CUDA sources of kernels/ as callable functions: found, compiled for the device at first use, cached, launched.
+
+Everything that needs CuPy or a driver is here, behind two functions: `open_device` says whether a GPU can be used, and
+`launch` runs one kernel on torch tensors in torch's current stream, without copies. CuPy is imported when first needed, so
+a machine without it can still run everything else.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_colorize.errors import UserError
+from dist_colorize.resources import resource
+
+OPTIONS = ("-std=c++17", "--use_fast_math")
+"""Of NVRTC. Fast mathematics: exponentials, logarithms and divisions of 1e-6 relative accuracy, denormals are zero."""
+OLDEST_ARCHITECTURE = (7, 5)
+"""The oldest compute capability that the kernels are compiled and checked for (Turing)."""
+DRIVER_REMEDY = (
+    "install an NVIDIA driver that supports CUDA 13 (580 or newer; for older drivers the README's CUDA 12 route), "
+    "check with nvidia-smi, or leave --gpu away to use the CPU"
+)
+
+
+def source(name: str) -> str:
+    """The text of kernels/NAME.cu."""
+    return resource("kernels", f"{name}.cu").read_text(encoding="utf-8")
+
+
+@functools.cache
+def options() -> tuple[str, ...]:
+    """NVRTC's options: where the headers are, and a digest of them.
+
+    CuPy keeps compiled kernels on disk under a key of source text and options; without the digest, a changed header
+    would go unnoticed.
+    """
+    folder = resource("kernels")
+    digest = hashlib.sha256()
+    for header in sorted(folder.glob("*.cuh")):
+        digest.update(header.read_bytes())
+    return (*OPTIONS, f"-I{folder}", f"-DHEADERS=0x{digest.hexdigest()[:8]}")
+
+
+def open_device(index: int = 0) -> torch.device:
+    """The GPU with this index, ready for use; UserError in one line with the remedy where it cannot be used."""
+    cupy_module()
+    try:
+        torch.cuda.init()
+        count = torch.cuda.device_count()
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"no GPU can be used ({first_line}): {DRIVER_REMEDY}") from None
+    if count == 0:
+        raise UserError(f"no GPU is visible (CUDA_VISIBLE_DEVICES?): {DRIVER_REMEDY}")
+    if index >= count:
+        raise UserError(
+            f"GPU {index} does not exist, this machine shows {count}: start at most {count} processes per node"
+        )
+    capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST_ARCHITECTURE:
+        found, needed = (".".join(map(str, version)) for version in (capability, OLDEST_ARCHITECTURE))
+        raise UserError(
+            f"GPU {index} ({torch.cuda.get_device_name(index)}) has compute capability {found}, the kernels need "
+            f"{needed} or newer: leave --gpu away to use the CPU"
+        )
+    return torch.device("cuda", index)
+
+
+def cupy_module() -> ModuleType:
+    """CuPy, imported at the first call."""
+    try:
+        return importlib.import_module("cupy")
+    except ImportError as error:
+        raise UserError(
+            f"--gpu needs CuPy, which cannot be imported ({error}): pip install cupy-cuda13x (cupy-cuda12x for CUDA 12 drivers)"
+        ) from None
+
+
+@functools.cache
+def _function(name: str, kernel: str, device_index: int | None) -> Any:
+    """The kernel of kernels/NAME.cu, compiled for this device's architecture."""
+    module = cupy_module().RawModule(code=source(name), options=options())
+    return module.get_function(kernel)
+
+
+def launch(
+    name: str,
+    kernel: str,
+    grid: Sequence[int],
+    block: Sequence[int],
+    arguments: Sequence[Tensor | np.int32 | np.float32],
+) -> None:
+    """Runs a kernel of kernels/NAME.cu in torch's current stream of the tensors' device.
+
+    CuPy ignores strides and passes a Python number as 64 bits: tensors must be contiguous (fp16 and bf16 viewed as int16)
+    and scalars np.int32 or np.float32; TypeError or ValueError otherwise. An empty grid is a ValueError.
+    """
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if not argument.is_contiguous():
+                raise ValueError(f"{kernel}: a tensor of shape {tuple(argument.shape)} is not contiguous")
+        elif not isinstance(argument, (np.int32, np.float32)):
+            raise TypeError(f"{kernel}: scalars must be np.int32 or np.float32, got {type(argument).__name__}")
+    if min(grid) < 1:
+        raise ValueError(f"{kernel}: the grid {tuple(grid)} is empty")
+    cupy = cupy_module()
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    with cupy.cuda.Device(device.index) if device.index is not None else nullcontext():
+        function = _function(name, kernel, device.index)
+        with cupy.cuda.Stream.from_external(torch.cuda.current_stream(device)):
+            # The consumer's stream is the producer's: DLPack's exchange inserts no wait
+            passed = [cupy.from_dlpack(item.detach()) if isinstance(item, Tensor) else item for item in arguments]
+            function(tuple(grid), tuple(block), tuple(passed))
