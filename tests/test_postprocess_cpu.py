@@ -266,3 +266,10 @@ def test_compose_agrees_with_color_lab_where_colours_are_clamped():
     result = BACKEND.compose(lightness, ab, (50, 60), 0, 8).float()
     assert (result - expected).abs().max() < 1.01
     assert ((result - expected).abs() < 0.51).float().mean() > 0.999
+
+
+def test_compose_works_in_inference_mode_in_many_tiles():
+    lightness, ab = torch.rand(64, 3000) * 100, torch.zeros(2, 4, 4)
+    expected = BACKEND.compose(lightness, ab, (64, 3000), 0, 8)
+    with torch.inference_mode():
+        assert (BACKEND.compose(lightness, ab, (64, 3000), 0, 8) == expected).all()

@@ -44,6 +44,7 @@ def compose(lightness: Tensor, ab: Tensor, size: tuple[int, int], row0: int, bit
     on_cpu = lightness.device.type == "cpu"
     columns = min(-(-width // VECTOR) * VECTOR, TILE_WIDTH) if on_cpu else width
     step = TILE // columns if on_cpu else rows
+    inference = torch.is_inference_mode_enabled()  # a thread's own setting, which the pool's threads must share
     tiles = [(top, left) for left in range(0, width, columns) for top in range(0, rows, step)]
 
     def fill(tile: tuple[int, int]) -> None:
@@ -61,7 +62,7 @@ def compose(lightness: Tensor, ab: Tensor, size: tuple[int, int], row0: int, bit
         fill(tiles[0])
     else:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(fill, tiles))
+            list(pool.map(torch.inference_mode(inference)(fill), tiles))
     return result
 
 
