@@ -74,7 +74,7 @@ def test_decode_in_chunks_and_channels_last_is_the_same(monkeypatch):
     monkeypatch.setattr("dist_colorize.postprocess.cpu.DECODE_CELLS", 7)
     parts = BACKEND.decode(features.to(memory_format=torch.channels_last), weight, bias, 0.38)
     for one, other in zip(whole, parts, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=0)
     assert all(tensor.is_contiguous() for tensor in whole)
 
 

@@ -110,11 +110,11 @@ def _gray_table(top: int) -> np.ndarray:
     return lab.lightness(levels).float().flatten().numpy()
 
 
-def working_set(source: Source) -> int:
-    """Bytes that colorizing takes, judged by the header alone: pixels in, pixels out. Raises Unreadable."""
+def working_set(source: Source, results: int = 1) -> int:
+    """Bytes that colorizing takes, judged by the header: pixels in, `results` pictures out. Raises Unreadable."""
     with _opened(source) as image:
-        depth = 2 if image.format == "ushort" else 1
-        return image.width * image.height * depth * (image.bands + 4)
+        alpha = 4 if image.hasalpha() else 0
+        return image.width * image.height * DEPTHS[image.format] // 8 * (image.bands + 3 * results + alpha)
 
 
 def read(source: Source) -> Photograph:

@@ -1,0 +1,29 @@
+"""How much memory there is: a picture that does not fit is refused by name instead of ending the process."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from dist_colorize.errors import UserError
+
+CGROUP = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
+
+
+def require_memory(needed: int) -> None:
+    """UserError when `needed` bytes are more than this process can have; nothing where that cannot be told."""
+    free = free_memory()
+    if free is not None and needed > free:
+        raise UserError(f"needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")
+
+
+def free_memory() -> int | None:
+    """Bytes that can still be had on this machine and in this container (cgroup v2); None where Linux does not say."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        line = next(line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
+        limits.append(int(line.split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        limits.append(int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text()))
+    return min(limits, default=None)
