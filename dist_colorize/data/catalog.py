@@ -1,0 +1,214 @@
+"""Builds the index of a data set, keeps it in the user's cache, and notices when it is out of date."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from dist_colorize.data.columns import VERSION, describe, open_index, write_columns
+from dist_colorize.data.inspect import Facts, Rejected, inspect
+from dist_colorize.data.scan import Candidate, Scan, read_candidate, scan
+from dist_colorize.errors import Interrupted, UserError
+
+_CHUNK = 32  # candidates per task: enough to make a task's own cost disappear
+
+Rejection = tuple[str, str]
+"""Name relative to the root, and the reason."""
+
+
+def ensure_index(
+    root: Path,
+    min_side: int,
+    parent: Path | None = None,
+    progress: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> Path:
+    """The folder of an index of `root` that is up to date, built now when there is none. Errors as build_index."""
+    folder = index_folder(root, min_side, parent)
+    return folder if is_fresh(folder) else build_index(root, min_side, parent, progress, stop)
+
+
+def index_folder(root: Path, min_side: int, parent: Path | None = None) -> Path:
+    """Where the index of `root` is kept: below `parent`, or in the user's cache folder."""
+    _require_folder(root)
+    settings = f"{VERSION}\0{min_side}\0".encode() + os.fsencode(root.resolve())
+    return (parent or cache_folder() / "index").absolute() / sha256(settings).hexdigest()[:20]
+
+
+def cache_folder() -> Path:
+    """The folder of this program in the user's cache (XDG_CACHE_HOME, by default ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_colorize"
+
+
+def is_fresh(folder: Path) -> bool:
+    """Whether `folder` holds an index, and no folder or shard that it was made from has changed since.
+
+    Files that are replaced in place under their old name are not seen; reading one later fails, and it is substituted.
+    """
+    try:
+        root = describe(folder)["root"]
+        watched = json.loads((folder / "watched.json").read_text("utf-8"))
+        for name, modified, size in watched:
+            status = Path(root, name).stat()
+            if status.st_mtime_ns != modified or (not stat.S_ISDIR(status.st_mode) and status.st_size != size):
+                return False
+        open_index(folder)
+    except (OSError, ValueError, KeyError, UserError):
+        return False
+    return True
+
+
+def build_index(
+    root: Path,
+    min_side: int,
+    parent: Path | None = None,
+    progress: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> Path:
+    """Scan `root` and write its index; returns the folder, whose old content is replaced at once and as a whole.
+
+    Raises UserError when the root cannot be listed or holds nothing usable, or when the index cannot be written;
+    Interrupted soon after `stop()` turns true. `progress` draws a bar on stderr.
+    """
+    folder = index_folder(root, min_side, parent)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        found = scan(root, skip=folder.parent, stop=stop)
+        with tqdm(total=len(found.candidates), unit="file", desc="index", disable=not progress, smoothing=0.05) as bar:
+            rows, rejected = _inspect_all(root, found, min_side, bar.update, stop)
+        rejected = sorted(found.rejected + rejected)
+        if stop():
+            raise Interrupted("while the photographs were indexed; the next start begins again")
+        if not rows:
+            raise UserError(_nothing_usable(root, found, rejected))
+        with _new_folder(folder) as new:
+            about = write_columns(new, os.fspath(root.resolve()), found.shards, rows)
+            (new / "watched.json").write_text(json.dumps(found.watched), "utf-8")
+            with open(new / "rejected.jsonl", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in rejected)
+            about |= {"ignored": found.ignored, "rejected": Counter(_kind(reason) for _, reason in rejected)}
+            (new / "index.json").write_text(json.dumps(about, indent=2), "utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}: cannot write the index ({error.strerror or error}); name a writable folder with "
+            "--output (in a recipe: data.index_dir) or with the environment variable XDG_CACHE_HOME"
+        ) from error
+    return folder
+
+
+def rejections(folder: Path) -> Iterator[Rejection]:
+    """What was left out of an index, sorted by name."""
+    with open(folder / "rejected.jsonl", encoding="utf-8") as file:
+        for line in file:
+            entry = json.loads(line)
+            yield entry["name"], entry["reason"]
+
+
+def printable(name: str) -> str:
+    """A file name on one line of a terminal, whatever bytes it is made of."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+
+
+def _inspect_all(
+    root: Path, found: Scan, min_side: int, advance: Callable[[int], Any], stop: Callable[[], bool]
+) -> tuple[list[tuple[Candidate, Facts]], list[Rejection]]:
+    rows: list[tuple[Candidate, Facts]] = []
+    rejected: list[Rejection] = []
+
+    def work(chunk: list[Candidate]) -> list[tuple[Candidate, Facts | str]]:
+        done: list[tuple[Candidate, Facts | str]] = []
+        for candidate in chunk:
+            if stop():
+                break
+            try:
+                done.append((candidate, inspect(read_candidate(root, found.shards, candidate), min_side)))
+            except Rejected as error:
+                done.append((candidate, str(error)))
+        return done
+
+    def collect(tasks: set[Future[list[tuple[Candidate, Facts | str]]]]) -> None:
+        for task in tasks:
+            results = task.result()
+            advance(len(results))
+            for candidate, result in results:
+                if isinstance(result, str):
+                    rejected.append((candidate.name, result))
+                else:
+                    rows.append((candidate, result))
+
+    # More threads than cores: on network file systems most of the time is waiting for an answer.
+    threads = min(32, 2 * len(os.sched_getaffinity(0)))
+    chunk = max(1, min(_CHUNK, len(found.candidates) // (4 * threads)))
+    Image.init()  # not from several threads at once
+    with ThreadPoolExecutor(threads, thread_name_prefix="index") as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF blocks and on sizes; what matters is an error
+        pending: set[Future[list[tuple[Candidate, Facts | str]]]] = set()
+        for start in range(0, len(found.candidates), chunk):
+            if stop():
+                break
+            if len(pending) >= 2 * threads:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                collect(done)
+            pending.add(pool.submit(work, found.candidates[start : start + chunk]))
+        collect(pending)
+    return rows, rejected
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends well."""
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield new
+        new.chmod(0o755)
+        old = new.with_name(new.name + ".old")
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(old)
+        new.rename(folder)
+        # Whoever has the old index open keeps its mapped pages until they let go.
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def _require_folder(root: Path) -> None:
+    try:
+        status = root.stat()
+    except OSError as error:
+        raise UserError(f"{root}: cannot open the data folder ({error.strerror}); check data.root") from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise UserError(f"{root}: not a folder; name the folder that holds the photographs or the tar shards")
+
+
+def _kind(reason: str) -> str:
+    """The part of a reason by which rejections are counted."""
+    return reason.split(":")[0]
+
+
+def by_reason(rejected: dict[str, int]) -> str:
+    """A line for each reason, the most frequent first."""
+    return "".join(f"\n{count:10,}  {reason}" for reason, count in Counter(rejected).most_common())
+
+
+def _nothing_usable(root: Path, found: Scan, rejected: list[Rejection]) -> str:
+    if not rejected:
+        others = f"; none of its {found.ignored:,} files is called like one" if found.ignored else ""
+        return f"{root}: no photographs here (JPEG, PNG, WebP, TIFF, BMP, or tar shards of them){others}"
+    counts = by_reason(Counter(_kind(reason) for _, reason in rejected))
+    name, reason = rejected[0]
+    return f"{root}: no usable photograph; left out: {len(rejected):,}{counts}\nfor example {printable(name)}: {reason}"
