@@ -168,7 +168,7 @@ def session(config: DistributedConfig) -> Iterator[World]:
     if "RANK" in os.environ:
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
 
-    device = _own_device(config, environment["LOCAL_RANK"])
+    device = own_device(config, environment["LOCAL_RANK"])
     backend = _agreed_backend(config, _exchange(store, rank, size, _identity(device)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -261,7 +261,7 @@ def _environment_number(name: str, default: int) -> int:
     return int(text)
 
 
-def _own_device(config: DistributedConfig, local_rank: int) -> torch.device:
+def own_device(config: DistributedConfig, local_rank: int) -> torch.device:
     """This rank's device; ranks beyond the number of GPUs share them in turn."""
     if config.device == "cpu":
         return torch.device("cpu")

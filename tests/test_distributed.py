@@ -211,8 +211,8 @@ def test_devices_that_do_not_fit_together_are_named(identities: list[str], backe
 def test_ranks_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [distributed._own_device(DistributedConfig(), rank).index for rank in range(4)] == [0, 1, 0, 1]
-    assert distributed._own_device(DistributedConfig(device="cpu"), 1) == torch.device("cpu")
+    assert [distributed.own_device(DistributedConfig(), rank).index for rank in range(4)] == [0, 1, 0, 1]
+    assert distributed.own_device(DistributedConfig(device="cpu"), 1) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("config", [DistributedConfig(device="cuda"), DistributedConfig(backend="nccl")])
@@ -221,7 +221,7 @@ def test_asking_for_a_gpu_that_is_not_there_is_an_error(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"distributed.*no NVIDIA GPU or driver"):
-        distributed._own_device(config, 0)
+        distributed.own_device(config, 0)
 
 
 def test_impossible_settings() -> None:
