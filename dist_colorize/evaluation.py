@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from dist_colorize.data import Batch, DataConfig
@@ -25,11 +25,13 @@ from dist_colorize.files import write_atomically
 from dist_colorize.metrics import METRICS
 from dist_colorize.models.network import Network
 from dist_colorize.postprocess.cpu import TorchBackend
+from dist_colorize.postprocess.panel import captioned
 from dist_colorize.postprocess.stages import Preset, decode_and_run
 
-GRAY, FINAL = "gray", "final"
-COLUMNS = ("grayscale", "raw", "smoothed", "ground truth")
-"""Captions of a panel's columns: `smoothed` is the final result."""
+GRAY, RAW, FINAL, TRUTH = "gray", "raw", "final", "truth"
+"""The first and the last stages, and the photograph itself."""
+CAPTIONS = ("grayscale", "raw", "smoothed", "ground truth")
+"""Over a panel's columns: `smoothed` is the final result."""
 
 Picture = NDArray[np.uint8]
 
@@ -57,7 +59,7 @@ class Evaluation:
     count: int
     """Photographs that were scored."""
     pictures: list[dict[str, Picture]]
-    """The first photographs, each as stage -> uint8 [H, W, 3], with `truth` beside the stages. Empty but on rank 0."""
+    """The first photographs, each as stage -> uint8 [H, W, 3], with TRUTH beside the stages. Empty but on rank 0."""
 
     def table(self) -> str:
         """The scores as text, a line per stage."""
@@ -69,14 +71,8 @@ class Evaluation:
 
     def panel(self) -> Picture:
         """All pictures in one, a row each: grayscale | raw | smoothed | ground truth, with captions."""
-        rows = [np.concatenate([p[GRAY], p["raw"], p[FINAL], p["truth"]], axis=1) for p in self.pictures]
-        width = rows[0].shape[1] // len(COLUMNS)
-        size = max(10, width // 14)
-        header = Image.new("RGB", (rows[0].shape[1], size * 2), "white")
-        draw, font = ImageDraw.Draw(header), ImageFont.load_default(size)
-        for column, caption in enumerate(COLUMNS):
-            draw.text((width * column + width // 2, size), caption, fill="black", anchor="mm", font=font)
-        return np.concatenate([np.asarray(header), *rows])
+        columns = zip(CAPTIONS, (GRAY, RAW, FINAL, TRUTH), strict=True)
+        return captioned([(text, np.concatenate([p[stage] for p in self.pictures])) for text, stage in columns])
 
 
 @torch.inference_mode()
@@ -103,7 +99,7 @@ def evaluate(
         for i in real.nonzero().flatten().tolist():
             row = int(batch.sample[i])
             if row < pictures:
-                shown.append((row, {name: picture[i].numpy() for name, picture in (stages | {"truth": truth}).items()}))
+                shown.append((row, {name: picture[i].numpy() for name, picture in (stages | {TRUTH: truth}).items()}))
     totals = world.sum_(torch.stack(list(sums.values())).to(world.device)).cpu()
     count = world.sum_(count.to(world.device)).cpu()
     # [stage, metric] / count
@@ -123,8 +119,8 @@ def colourize(
     features = network.features(batch.L)
     # [313, 64, 1, 1] -> [313, 64]
     stages, _ = decode_and_run(preset, backend, features, network.head.weight.flatten(1), network.head.bias)
-    named = {GRAY: torch.zeros_like(stages[0][1])} | dict(stages[:-1]) | {FINAL: stages[-1][1]}
-    named.setdefault("raw", stages[0][1])  # a preset without stages: raw is also final
+    # in a preset without stages, raw is also final
+    named = {GRAY: torch.zeros_like(stages[0][1]), RAW: stages[0][1], **dict(stages[1:-1]), FINAL: stages[-1][1]}
     size = (batch.L.shape[-2], batch.L.shape[-1])
 
     def compose(ab: Tensor) -> Tensor:
