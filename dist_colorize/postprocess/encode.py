@@ -83,6 +83,8 @@ def _described(image: pyvips.Image, like: Photograph) -> pyvips.Image:
     copy = image.copy(xres=like.resolution[0], yres=like.resolution[1])
     for kind, name, value in like.metadata:
         copy.set_type(kind, name, value)
+    if like.metadata:  # EXIF's bytes still hold the old orientation; libvips puts this one in its place
+        copy.set_type(pyvips.GValue.gint_type, "orientation", 1)
     return copy
 
 
