@@ -5,8 +5,9 @@
     python -m dist_colorize.evaluate runs/RUN evaluate.preset=blend
     torchrun --nproc_per_node=8 -m dist_colorize.evaluate runs/RUN   # the photographs shared out over 8 GPUs
 
-Each run is taken with the recipe it was trained with (RUN/config.yaml), changed by the overrides, and its newest whole
-    torchrun --nproc_per_node=8 -m dist_colorize.evaluate runs/RUN  # the photographs shared out over 8 GPUs
+Each run is taken with the recipe it was trained with (RUN/config.yaml), changed by the overrides, and its newest
+whole checkpoint. The table goes to the screen, and with its protocol to RUN/evaluation.json; pictures to
+RUN/panels/final.png.
 
 Exit codes: 0 finished, 75 interrupted by a signal, 1 failed, 2 bad usage.
 """
