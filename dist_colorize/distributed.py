@@ -156,8 +156,9 @@ class World:
 
 @contextlib.contextmanager
 def session(config: DistributedConfig) -> Iterator[World]:
-    """Join the process group that the environment describes; leave it at the end.
+    """Join the process group that the environment describes; leave it at the end, all ranks together.
 
+    Interrupted must be raised on all ranks or none; another exception of one rank ends the others by a broken link.
     Raises UserError (on all ranks) where the device or the backend that the config asks for cannot be had.
     """
     environment = {name: _environment_number(name, 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
@@ -186,6 +187,11 @@ def session(config: DistributedConfig) -> Iterator[World]:
     try:
         yield world
         world.barrier()  # rank 0 may host the store that the others still need to leave in order
+    except Interrupted:
+        # All ranks are on their way out, but rank 0 may still save: torchrun ends all as soon as it sees one gone.
+        world.barrier()
+        dist.destroy_process_group()
+        raise
     except BaseException:
         if backend == "nccl":
             # Ranks that still wait in a GPU collective would hold this one up; leaving ends the group as well.

@@ -36,7 +36,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The work stopped because a signal asked for it, and everything needed to go on is saved."""
+    """The work stopped because a signal asked for it, and everything needed to go on is saved. Raised on all ranks."""
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -52,7 +52,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         _report(error)
         code = USAGE
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr, flush=True)
         code = INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (`| head`) has left. Python would complain once more when it flushes stdout at exit.

@@ -28,8 +28,10 @@ from dist_colorize.distributed import DistributedConfig, StopFlag, session
 from dist_colorize.errors import Interrupted, UserError, run_command
 
 def note(**facts):
-    with open(f"{sys.argv[1]}/{os.environ['RANK']}.json", "w") as file:
+    path = f"{sys.argv[1]}/{os.environ['RANK']}.json"
+    with open(path + ".new", "w") as file:
         json.dump(facts, file)
+    os.replace(path + ".new", path)
 
 def empty_root():
     raise UserError("data.root: empty")
@@ -109,17 +111,19 @@ STEPS = """
             for step in range(10**6):
                 time.sleep(0.01 * (1 + world.rank))
                 if step == 5:
-                    note(started=True)
+                    note(pid=os.getpid())
                 if world.agree(stop.requested):
-                    note(left=step, pid=os.getpid())
+                    if world.is_leader:
+                        time.sleep(3)  # saves
+                    note(left=step)
                     raise Interrupted(f"at step {step}")
     run_command(main)
 """
 
 
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("everyone", [False, True], ids=["launcher", "launcher and ranks"])
-def test_a_signal_ends_all_ranks_at_the_same_step(tmp_path: Path, program: Any, everyone: bool) -> None:
+@pytest.mark.parametrize("told", ["launcher", "launcher and ranks", "one rank"])
+def test_a_signal_ends_all_ranks_at_the_same_step(tmp_path: Path, program: Any, told: str) -> None:
     command = torchrun_command(2, *program(STEPS))
     process = subprocess.Popen(command, env=rank_environment(), stderr=subprocess.PIPE, text=True)
     try:
@@ -127,17 +131,19 @@ def test_a_signal_ends_all_ranks_at_the_same_step(tmp_path: Path, program: Any, 
         while not all((tmp_path / f"{rank}.json").exists() for rank in range(2)):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        if everyone:  # as scancel does; torchrun then tells its ranks a second time
-            ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-            for rank in ranks.stdout.split():
-                os.kill(int(rank), signal.SIGTERM)
-        process.send_signal(signal.SIGTERM)
+        pids = [facts["pid"] for facts in notes(tmp_path, 2)]
+        # scancel tells launcher and ranks, and the launcher then tells its ranks a second time
+        for pid in {"launcher": [], "launcher and ranks": pids, "one rank": pids[1:]}[told]:
+            os.kill(pid, signal.SIGTERM)
+        if told != "one rank":
+            process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=60)
     finally:
         kill_tree(process.pid)
-    steps = [facts["left"] for facts in notes(tmp_path, 2)]
+    steps = [facts.get("left") for facts in notes(tmp_path, 2)]
+    assert steps[0] is not None
     assert steps[0] == steps[1]
-    assert f"interrupted: at step {steps[0]}" in stderr
+    assert stderr.count(f"interrupted: at step {steps[0]}\n") == 1
 
 
 @pytest.mark.world_size(2)

@@ -47,6 +47,8 @@ def test_one_rank_alone_is_named_and_a_shared_error_is_printed_once_per_node() -
     first = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     assert leave("raise UserError('x')", second).stderr == "[rank 1] error: x\n"
     assert leave("raise UserError('x', shared=True)", first).stderr == "error: x\n"
+    assert leave("raise Interrupted('x')", first).stderr == "interrupted: x\n"
+    assert leave("raise Interrupted('x')", second).stderr == ""
     silent = leave("raise UserError('x', shared=True)", second)
     assert (silent.stderr, silent.returncode) == ("", 2)
 
