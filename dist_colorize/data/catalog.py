@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -175,12 +176,18 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     try:
         yield new
         new.chmod(0o755)
-        old = new.with_name(new.name + ".old")
-        with contextlib.suppress(FileNotFoundError):
-            folder.rename(old)
-        new.rename(folder)
-        # Whoever has the old index open keeps its mapped pages until they let go.
-        shutil.rmtree(old, ignore_errors=True)
+        while True:
+            try:
+                new.rename(folder)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            # Whoever has the old index open keeps its mapped pages; another process may bring a new one meanwhile.
+            old = new.with_name(new.name + ".old")
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise

@@ -60,7 +60,8 @@ def scan(root: Path, skip: Path | None, stop: Callable[[], bool]) -> Scan:
     Returns early, with what it has, when `stop()` turns true.
     """
     found = Scan()
-    seen = {_identity(skip.stat())} if skip is not None and skip.is_dir() else set()
+    skipped = _identity(skip.stat()) if skip is not None and skip.is_dir() else None
+    seen: set[tuple[int, int]] = set()
     # Real folders first: a folder that is also behind a symlink is called by its real name, whatever sorts first.
     folders: list[str] = [""]
     linked: list[str] = []
@@ -69,6 +70,8 @@ def scan(root: Path, skip: Path | None, stop: Callable[[], bool]) -> Scan:
         path = root / folder
         try:
             status = path.stat()
+            if _identity(status) == skipped:
+                continue
             if _identity(status) in seen:
                 if folder:
                     found.rejected.append((folder, "a symlink to a folder that is listed already (or a loop)"))
