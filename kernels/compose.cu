@@ -25,6 +25,7 @@
 
 constexpr int COMPOSE_THREADS = 256;
 constexpr int PIXELS = 4;  // of a thread
+constexpr int BLOCK_PIXELS = COMPOSE_THREADS * PIXELS;
 
 // One column of cells, interpolated along the rows at this pixel's height.
 struct Column {
@@ -48,9 +49,9 @@ __device__ __forceinline__ float coordinate(int pixel, float ratio, int cells) {
 // row0 of a picture with height_ratio = h / its height and width_ratio = w / width. pixels = rows * width.
 template <class Level>
 __device__ __forceinline__ void compose(const float* __restrict__ lightness, const float* __restrict__ ab, Level* __restrict__ out,
-                                        int pixels, int width, int row0, int h, int w, float height_ratio, float width_ratio) {
-    constexpr int BLOCK_PIXELS = COMPOSE_THREADS * PIXELS, PIECE = 16 / sizeof(Level);
-    __shared__ __align__(16) Level levels[BLOCK_PIXELS * 3];
+                                        int pixels, int width, int row0, int h, int w, float height_ratio, float width_ratio,
+                                        Level (&levels)[BLOCK_PIXELS * 3]) {
+    constexpr int PIECE = 16 / sizeof(Level);
     const int start = blockIdx.x * BLOCK_PIXELS, first = start + threadIdx.x * PIXELS;
     if (first < pixels) {
         int row = first / width, x = first - row * width;
@@ -107,11 +108,13 @@ __device__ __forceinline__ void compose(const float* __restrict__ lightness, con
 extern "C" __global__ void __launch_bounds__(COMPOSE_THREADS, RESIDENT) compose8(
     const float* __restrict__ lightness, const float* __restrict__ ab, unsigned char* __restrict__ out, int pixels, int width,
     int row0, int h, int w, float height_ratio, float width_ratio) {
-    compose<unsigned char>(lightness, ab, out, pixels, width, row0, h, w, height_ratio, width_ratio);
+    __shared__ __align__(16) unsigned char levels[BLOCK_PIXELS * 3];
+    compose<unsigned char>(lightness, ab, out, pixels, width, row0, h, w, height_ratio, width_ratio, levels);
 }
 
 extern "C" __global__ void __launch_bounds__(COMPOSE_THREADS, RESIDENT) compose16(
     const float* __restrict__ lightness, const float* __restrict__ ab, unsigned short* __restrict__ out, int pixels, int width,
     int row0, int h, int w, float height_ratio, float width_ratio) {
-    compose<unsigned short>(lightness, ab, out, pixels, width, row0, h, w, height_ratio, width_ratio);
+    __shared__ __align__(16) unsigned short levels[BLOCK_PIXELS * 3];
+    compose<unsigned short>(lightness, ab, out, pixels, width, row0, h, w, height_ratio, width_ratio, levels);
 }

@@ -103,17 +103,18 @@ __device__ __forceinline__ void take(Sums (&sums)[4], const typename Kind::Bits*
     for (int i = 0; i < 4; ++i) add(sums[i], x[i], center);
 }
 
+// Sums of a block, [quantity][part][cell]: the 16-byte stores and the 4-byte loads of a warp both touch every bank equally.
+typedef float PlanarParts[4][PARTS][PLANAR_CELLS];
+
 // logits: [313, stride], stride a multiple of 4, 16-byte aligned; cells first .. first + cells of one image's ab
 // [2, plane] and confidence [plane] are written. scale = log2(e) / T.
 template <class Kind>
 __device__ __forceinline__ void decode_planar(const typename Kind::Bits* __restrict__ logits, const float* __restrict__ bias,
                                               float* __restrict__ ab, float* __restrict__ confidence, int cells, int stride,
-                                              int first, int plane, float scale) {
+                                              int first, int plane, float scale, PlanarParts& parts) {
     // Two loads of 16 bytes in flight for every thread; with three, 40 registers do not suffice.
     constexpr int U = 2, PAIRED_BINS = COMMON_BINS / U * U * PARTS;
     static_assert(COMMON_BINS % U == 1, "one common bin is left over after the pairs");
-    // [quantity][part][cell]: the 16-byte stores and the 4-byte loads of a warp both touch every bank equally
-    __shared__ float parts[4][PARTS][PLANAR_CELLS];
     const int lane = threadIdx.x, part = threadIdx.y;
     const int cell = blockIdx.x * PLANAR_CELLS + 4 * lane;
     Sums sums[4] = {nothing(), nothing(), nothing(), nothing()};
@@ -145,21 +146,24 @@ __device__ __forceinline__ void decode_planar(const typename Kind::Bits* __restr
     confidence[first + target] = share;
 }
 
+// In shared memory, because neighbouring lanes ask for different bins: constant memory would serve them one by one.
+struct RowsShared {
+    float2 centers[BINS];
+    float offsets[BINS];
+    float results[3][ROWS_CELLS];
+};
+
 // logits: [cells, stride]; cell i is the cell first + i of all images' cells, ab [B, 2, plane], confidence [B, plane].
 template <class Kind>
 __device__ __forceinline__ void decode_rows(const typename Kind::Bits* __restrict__ logits, const float* __restrict__ bias,
                                             float* __restrict__ ab, float* __restrict__ confidence, int cells, int stride,
-                                            int first, int plane, float scale) {
+                                            int first, int plane, float scale, RowsShared& shared) {
     constexpr int U = 13;
     static_assert(COMMON_BINS % U == 0, "whole groups");
-    // In shared memory, because neighbouring lanes ask for different bins: constant memory would serve them one by one.
-    __shared__ float2 centers[BINS];
-    __shared__ float offsets[BINS];
-    __shared__ float results[3][ROWS_CELLS];
     const int part = threadIdx.x, cell = threadIdx.y, thread = cell * PARTS + part;
     for (int bin = thread; bin < BINS; bin += PARTS * ROWS_CELLS) {
-        centers[bin] = CENTERS[bin];
-        offsets[bin] = bias[bin];
+        shared.centers[bin] = CENTERS[bin];
+        shared.offsets[bin] = bias[bin];
     }
     __syncthreads();
     const int source = blockIdx.x * ROWS_CELLS + cell;
@@ -175,14 +179,14 @@ __device__ __forceinline__ void decode_rows(const typename Kind::Bits* __restric
             float2 center[U];
 #pragma unroll
             for (int u = 0; u < U; ++u) {
-                x[u] = exponent(Kind::value(raw[u]), offsets[bin + u * PARTS], scale);
-                center[u] = centers[bin + u * PARTS];
+                x[u] = exponent(Kind::value(raw[u]), shared.offsets[bin + u * PARTS], scale);
+                center[u] = shared.centers[bin + u * PARTS];
             }
             add(sums, x, center);
         }
         if (part == 0) {
-            const float x[1] = {exponent(Kind::value(row[BINS - 1]), offsets[BINS - 1], scale)};
-            const float2 center[1] = {centers[BINS - 1]};
+            const float x[1] = {exponent(Kind::value(row[BINS - 1]), shared.offsets[BINS - 1], scale)};
+            const float2 center[1] = {shared.centers[BINS - 1]};
             add(sums, x, center);
         }
     }
@@ -194,9 +198,9 @@ __device__ __forceinline__ void decode_rows(const typename Kind::Bits* __restric
     }
     if (part == 0) {
         const float share = __fdividef(1.0f, sums.total);
-        results[0][cell] = sums.a * share;
-        results[1][cell] = sums.b * share;
-        results[2][cell] = share;
+        shared.results[0][cell] = sums.a * share;
+        shared.results[1][cell] = sums.b * share;
+        shared.results[2][cell] = share;
     }
     __syncthreads();
     // One warp writes one quantity of the block's 32 cells: whole sectors.
@@ -205,7 +209,7 @@ __device__ __forceinline__ void decode_rows(const typename Kind::Bits* __restric
     if (quantity >= 3 || target >= cells) return;
     const int image = (first + target) / plane, position = first + target - image * plane;
     float* out = quantity < 2 ? ab + ((size_t)image * 2 + quantity) * plane : confidence + (size_t)image * plane;
-    out[position] = results[quantity][mine];
+    out[position] = shared.results[quantity][mine];
 }
 
 // Block (32, 8), grid ceil(cells / 128).
@@ -214,7 +218,8 @@ __device__ __forceinline__ void decode_rows(const typename Kind::Bits* __restric
         const Kind::Bits* __restrict__ logits, const float* __restrict__ bias,                                                \
                                                            float* __restrict__ ab, float* __restrict__ confidence, int cells, \
                                                            int stride, int first, int plane, float scale) {                   \
-        decode_planar<Kind>(logits, bias, ab, confidence, cells, stride, first, plane, scale);                                \
+        __shared__ __align__(16) PlanarParts parts;                                                                           \
+        decode_planar<Kind>(logits, bias, ab, confidence, cells, stride, first, plane, scale, parts);                         \
     }
 DECODE_PLANAR(decode_planar_float32, Float32)
 DECODE_PLANAR(decode_planar_float16, Float16)
@@ -226,7 +231,8 @@ DECODE_PLANAR(decode_planar_bfloat16, BFloat16)
         const Kind::Bits* __restrict__ logits, const float* __restrict__ bias,                                                \
                                                            float* __restrict__ ab, float* __restrict__ confidence, int cells, \
                                                            int stride, int first, int plane, float scale) {                   \
-        decode_rows<Kind>(logits, bias, ab, confidence, cells, stride, first, plane, scale);                                  \
+        __shared__ RowsShared shared;                                                                                         \
+        decode_rows<Kind>(logits, bias, ab, confidence, cells, stride, first, plane, scale, shared);                          \
     }
 DECODE_ROWS(decode_rows_float32, Float32)
 DECODE_ROWS(decode_rows_float16, Float16)

@@ -30,7 +30,17 @@ FLAGS: dict[Flavour, tuple[str, ...]] = {
     "address": ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined,float-cast-overflow"),
     "thread": ("-O1", "-g", "-fsanitize=thread"),
 }
-COMMON = ("-std=c++17", "-Wall", "-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-unused-function", "-pthread")
+# no-gnu-unique: or two libraries would share the shared memory of one header
+COMMON = (
+    "-std=c++17",
+    "-fno-gnu-unique",
+    "-Wall",
+    "-Wno-attributes",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-function",
+    "-pthread",
+)
+
 
 class EmulatorError(Exception):
     """The kernel, or the way it was launched, is wrong."""
@@ -188,6 +198,21 @@ def _headers(include: tuple[Path, ...]) -> list[Path]:
     return sorted(path for folder in include for path in folder.glob("*.cuh"))
 
 
+def _runtime(cxx: str, cache: Path, library: bool) -> Path:
+    """runtime.cpp as an object file, for a library or with its main program; the same one for all kernels."""
+    flags = [*COMMON, "-O2", "-g", "-fPIC", *(() if library else ("-DEMULATOR_MAIN",))]
+    digest = hashlib.sha256(repr((cxx, flags)).encode())
+    for name in ("cuda_names.h", "runtime.cpp"):
+        digest.update((HERE / name).read_bytes())
+    finished = cache / f"runtime-{digest.hexdigest()[:24]}.o"
+    if not finished.exists():
+        with tempfile.TemporaryDirectory(dir=cache) as work:
+            built = Path(work) / "runtime.o"
+            _run([cxx, *flags, f"-I{HERE}", "-c", str(HERE / "runtime.cpp"), "-o", str(built)])
+            built.replace(finished)
+    return finished
+
+
 @functools.cache
 def _build(source: str, include: tuple[Path, ...], flavour: Flavour) -> Path:
     """The folder with kernels.so (plain) or kernels (a program); built once per text of source, headers and emulator."""
@@ -226,11 +251,15 @@ def _build(source: str, include: tuple[Path, ...], flavour: Flavour) -> Path:
         if flavour == "address":
             flags += ["-fsanitize-sections=shared_memory"]
         _run([cxx, *COMMON, *flags, *includes, "-c", str(work / "kernels.cpp"), "-o", str(work / "kernels.o")])
-        runtime = ["-O2", "-g", "-fPIC", *(() if flavour == "plain" else ("-DEMULATOR_MAIN",))]
-        _run([cxx, *COMMON, *runtime, "-c", str(HERE / "runtime.cpp"), "-o", str(work / "runtime.o")])
+        # g++ ignores the section of a static variable of a template: it would neither be poisoned nor checked
+        if stray := re.findall(
+            r"\.bss\S*\s+\S+\s+(_ZZ(?!N8emulator)\S+)", _run(["objdump", "-t", str(work / "kernels.o")])
+        ):
+            raise EmulatorError(f"declare __shared__ variables outside of templates: {', '.join(stray)}")
+        runtime = _runtime(cxx, cache, flavour == "plain")
         target = ["-shared", "-o", str(work / "kernels.so")] if flavour == "plain" else ["-o", str(work / "kernels")]
         link = [flag for flag in flags if flag.startswith("-fsanitize=") and flavour != "plain"]
-        _run([cxx, *link, str(work / "kernels.o"), str(work / "runtime.o"), "-pthread", *target])
+        _run([cxx, *link, str(work / "kernels.o"), str(runtime), "-pthread", *target])
         finished = work / "finished"
         finished.mkdir()
         for built in ("kernels.so", "kernels"):

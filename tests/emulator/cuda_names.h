@@ -14,7 +14,7 @@
 #define __global__ __attribute__((used))
 #define __device__
 #define __host__
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __constant__ static const

@@ -77,7 +77,9 @@ class RawKernel:
     def __init__(self, module: RawModule, name: str) -> None:
         self.module, self.name = module, name
 
-    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0) -> None:
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0
+    ) -> None:
         if _stream[0] is None:
             raise EmulatorError(f"{self.name} is launched outside torch's stream")
         built = library(self.module.code, self.module.options, setting.flavour)
@@ -151,7 +153,17 @@ class DeviceMemory(TorchFunctionMode):
     Such a copy would stop the stream; only finished pixels (uint8, uint16) may go.
     """
 
-    FORBIDDEN = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__array__", "nonzero", "is_nonzero")
+    FORBIDDEN = (
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__array__",
+        "nonzero",
+        "is_nonzero",
+    )
 
     def __init__(self, host_copies: bool) -> None:
         super().__init__()
@@ -197,9 +209,9 @@ def emulated_gpu(
     kernels._function.cache_clear()
     with (
         mock.patch.dict(sys.modules, {"cupy": standin()}),
-        mock.patch.object(torch.cuda, "current_stream", lambda device=None: "torch's stream"),
-        mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
-        mock.patch.object(kernels, "open_device", lambda index=0: torch.device("cpu")),
+        mock.patch.object(torch.cuda, "current_stream", return_value="torch's stream"),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+        mock.patch.object(kernels, "open_device", return_value=torch.device("cpu")),
         DeviceMemory(host_copies),
     ):
         try:

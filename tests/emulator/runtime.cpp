@@ -111,12 +111,15 @@ void forget(char* from, size_t bytes) {
     if (!__tsan_create_fiber || !bytes) return;
     char* first = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(from) / PAGE * PAGE);
     const size_t room = (from + bytes - first + PAGE - 1) / PAGE * PAGE;
-    // other variables may share the first and the last page; the copy must not lie there itself
-    std::vector<char> storage(room);
-    char* const kept = storage.data();
-    copy(kept, first, room);
-    if (mmap(first, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != first) abort();
-    copy(first, kept, room);
+    // Other variables share the first and the last page, the addresses of library functions among them: each page gets
+    // its contents back before anything is called, from a copy that lies elsewhere.
+    std::vector<char> kept(PAGE);
+    char* const storage = kept.data();
+    for (char* page = first; page < first + room; page += PAGE) {
+        copy(storage, page, PAGE);
+        if (mmap(page, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != page) __builtin_trap();
+        copy(page, storage, PAGE);
+    }
 }
 
 void to_scheduler() {
@@ -206,6 +209,14 @@ bool release_warps(unsigned threads) {
     return released;
 }
 
+std::vector<void*> finished;
+constexpr size_t MOST_FINISHED = 1024;  // each costs ThreadSanitizer a quarter of a megabyte
+
+void destroy_finished() {
+    for (void* fiber : finished) __tsan_destroy_fiber(fiber);
+    finished.clear();
+}
+
 void run_block(unsigned threads, bool reversed, size_t dynamic_bytes) {
     if (__start_shared_memory) forget(__start_shared_memory, __stop_shared_memory - __start_shared_memory);
     if (dynamic_base) forget(dynamic_base, dynamic_bytes);
@@ -237,8 +248,10 @@ void run_block(unsigned threads, bool reversed, size_t dynamic_bytes) {
         }
         if (!ready) fail("threads of block (%u, %u, %u) wait for each other for ever%s", blockIdx.x, blockIdx.y, blockIdx.z, where.c_str());
     }
-    if (__tsan_destroy_fiber)
-        for (unsigned i = 0; i < threads; ++i) __tsan_destroy_fiber(fibers[i].tsan);
+    // A destroyed fiber's identity is used again, which would hide races between blocks: keep as many as there may be.
+    if (__tsan_create_fiber)
+        for (unsigned i = 0; i < threads; ++i) finished.push_back(fibers[i].tsan);
+    if (finished.size() > MOST_FINISHED) destroy_finished();
 }
 
 // Device memory: pages of its own between two pages that nobody may touch.
@@ -425,6 +438,7 @@ extern "C" const char* emulator_launch(const char* name, const Launch* launch, A
             run_block(threads, launch->reversed, launch->shared_bytes);
         }
         if (__tsan_acquire) __tsan_acquire(&kernels);
+        destroy_finished();
         for (unsigned i = 0; i < launch->arguments; ++i) {
             if (arguments[i].kind != 2) continue;
             if (!__asan_poison_memory_region && !arrays[i].slack_is_untouched())
