@@ -1,0 +1,64 @@
+"""Colour counts: the same to the bit at any world size, equal to a count by hand, kept under the data's fingerprint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_torchrun
+
+from dist_colorize.color.rebalance import EXTENT, count_cells
+from dist_colorize.data import DataConfig, evaluation_batches, histogram, open_photographs
+from dist_colorize.distributed import DistributedConfig, StopFlag, session
+
+WORKER = Path(__file__).parent / "workers" / "colours.py"
+
+
+def count(ranks: int, folder: Path, sample: float = 1.0) -> dict[str, Any]:
+    """Counted anew in a cache folder of its own."""
+    done = run_torchrun(ranks, WORKER, folder / "result.pt", str(sample), env={"XDG_CACHE_HOME": str(folder)})
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = torch.load(folder / "result.pt", weights_only=True)
+    return result
+
+
+def test_weights_are_the_same_to_the_bit_at_world_sizes_1_2_3(tmp_path: Path) -> None:
+    results = []
+    for ranks in (1, 2, 3):
+        (tmp_path / str(ranks)).mkdir()
+        results.append(count(ranks, tmp_path / str(ranks)))
+    assert results[0]["cells"].sum() == 8 * 64 * 64
+    for other in results[1:]:
+        assert torch.equal(other["cells"], results[0]["cells"])
+        assert torch.equal(other["weights"], results[0]["weights"])
+
+
+def test_counts_equal_numpy_and_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = DataConfig(crop=64)
+    with session(DistributedConfig(device="cpu")) as world, StopFlag() as stop:
+        photographs, _ = open_photographs(data, world, stop)
+        ab = torch.cat([batch.ab[batch.weight > 0] for batch in evaluation_batches(photographs, data, world, 3)])
+        # [N, 2, S, S] -> a, b of every pixel
+        a, b = ab.permute(1, 0, 2, 3).reshape(2, -1).numpy()
+        edges = np.arange(-EXTENT, EXTENT + 1) - 0.5
+        expected, _, _ = np.histogram2d(a, b, bins=(edges, edges))
+        found = histogram.count_colours(photographs, data, 1.0, world, stop)
+        # histogram2d and round() may put a value on an edge into different neighbours
+        assert np.abs(found.view(expected.shape).numpy() - expected).sum() <= 2
+        assert torch.equal(found, count_cells(ab))
+
+        monkeypatch.setattr(histogram, "_count", lambda *_: pytest.fail("counted although it was cached"))
+        assert torch.equal(histogram.count_colours(photographs, data, 1.0, world, stop), found)
+        (cached,) = (tmp_path / "dist_colorize" / "colours").iterdir()
+        cached.write_bytes(cached.read_bytes()[:1000])
+        monkeypatch.undo()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert torch.equal(histogram.count_colours(photographs, data, 1.0, world, stop), found)
+
+
+def test_a_sample_counts_the_first_rows(tmp_path: Path) -> None:
+    assert count(2, tmp_path, sample=0.25)["cells"].sum() == 2 * 64 * 64
