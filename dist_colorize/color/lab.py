@@ -15,6 +15,8 @@ XYZ_FROM_RGB = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), 
 """Linear sRGB -> XYZ."""
 EPSILON, SLOPE, OFFSET = 0.008856, 7.787, 16.0 / 116.0
 """CIE's f(t) is the cube root above EPSILON and SLOPE * t + OFFSET below."""
+AB_SCALE = 110.0
+"""Networks that predict ab itself put out ab / AB_SCALE: about -1..1, and steps of the size that other weights take."""
 GAMUT_STEPS = 12
 """Bisection steps of `clamp_to_gamut`: chroma is right to 1 part in 4096, well below one 8-bit level."""
 

@@ -1,4 +1,4 @@
-"""Networks and what they are trained for. A method is one class in `objectives` and one line in METHODS."""
+"""Networks and what they are trained for. A method is one file in `objectives` and one line in METHODS."""
 
 from __future__ import annotations
 
@@ -14,17 +14,31 @@ from dist_colorize.checkpoint import load_module
 from dist_colorize.errors import UserError
 from dist_colorize.models.encoder import pretrained_vgg16_bn
 from dist_colorize.models.network import Network
-from dist_colorize.models.objectives import RebalancedCrossEntropy
+from dist_colorize.models.objectives import (
+    CrossEntropy,
+    Objective,
+    Perceptual,
+    RebalancedCrossEntropy,
+    SoftTargets,
+    SquaredError,
+)
 
-METHODS = {
+METHODS: dict[str, type[Objective]] = {
+    "mse": SquaredError,
+    "classification": CrossEntropy,
+    "perceptual": Perceptual,
     "final": RebalancedCrossEntropy,
+    "final_soft": SoftTargets,
 }
+"""Name in `model.method` -> what the network is trained for. Each has a recipe in configs/methods."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     method: str = "final"
-    """What is trained: a name in dist_colorize.models.METHODS."""
+    """What is trained: mse, classification, perceptual, final or final_soft (dist_colorize.models.METHODS)."""
+    skips: bool = True
+    """Whether the decoder sees the encoder's features at strides 8, 4 and 2 as well; the first methods had none."""
     width: float = 1.0
     """Channels of encoder and decoder as a multiple of VGG16's; pretrained weights need 1."""
     encoder: str = "imagenet"
@@ -39,7 +53,7 @@ class ModelConfig:
 
 def build(config: ModelConfig) -> Network:
     """An untrained network for the config: its encoder is filled by `initialise` or from a checkpoint."""
-    network = Network(METHODS[config.method].outputs, config.width)
+    network = Network(METHODS[config.method].outputs, config.width, config.skips)
     if config.encoder != "scratch":
         network.encoder.freeze()
     # not the head: its 1x1 weight is used as a matrix, whose gradient is laid out as one
@@ -59,13 +73,15 @@ def initialise(network: Network, config: ModelConfig, lightness: Tensor) -> None
 class TrainingModule(nn.Module):
     """Network, head and loss in one module: DDP must wrap all that a gradient passes through."""
 
-    def __init__(self, network: Network, objective: nn.Module) -> None:
+    def __init__(self, network: Network, objective: Objective) -> None:
+        """network: initialised."""
         super().__init__()
         self.network, self.objective = network, objective
+        objective.attach(network)
 
     def forward(self, lightness: Tensor, ab: Tensor) -> tuple[Tensor, Tensor]:
         """L [B, 1, H, W], ab [B, 2, H, W] -> loss sum, weight sum over this rank's pixels (0-dim, fp32)."""
-        loss, weight = self.objective(self.network.features(lightness), self.network.head, ab)
+        loss, weight = self.objective(self.network.features(lightness), self.network.head, lightness, ab)
         return loss, weight
 
 

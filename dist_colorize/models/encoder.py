@@ -57,7 +57,7 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """[B, 3, H, W], H and W multiples of 16 -> features [B, C, H/s, W/s] at strides s = 2, 4, 8, 16."""
-        frozen = not any(parameter.requires_grad for parameter in self.parameters())
+        frozen = not image.requires_grad and not any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             features = []
             for number, block in enumerate(self.blocks):

@@ -24,27 +24,32 @@ FEATURES = 64
 class Up(nn.Module):
     """Doubles the resolution with a transposed convolution and adds a projection of the encoder's features there."""
 
-    def __init__(self, inputs: int, skip: int, outputs: int) -> None:
+    def __init__(self, inputs: int, skip: int, outputs: int, skips: bool) -> None:
         super().__init__()
         self.up = nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)
-        self.skip = nn.Conv2d(skip, outputs, 1)
+        self.skip = nn.Conv2d(skip, outputs, 1) if skips else None
         # each sample is normalised by itself: batch statistics would depend on how ranks cut the batch
         self.norm = nn.GroupNorm(outputs // 8, outputs)
 
     def forward(self, deep: Tensor, shallow: Tensor) -> Tensor:
         """[B, inputs, h, w], [B, skip, 2h, 2w] -> [B, outputs, 2h, 2w]."""
-        return F.relu(self.norm(self.up(deep) + self.skip(shallow)))
+        raised = self.up(deep)
+        return F.relu(self.norm(raised if self.skip is None else raised + self.skip(shallow)))
 
 
 class Decoder(nn.Module):
     """Features at strides 16, 8, 4, 2 -> [B, 64, H/2, W/2]."""
 
-    def __init__(self, channels: tuple[int, ...], width: float) -> None:
+    def __init__(self, channels: tuple[int, ...], width: float, skips: bool) -> None:
         super().__init__()
         wide = [max(FEATURES, round(planned * width / 8) * 8) for planned in (256, 128, FEATURES)]
         stride2, stride4, stride8, stride16 = channels
         self.stages = nn.ModuleList(
-            [Up(stride16, stride8, wide[0]), Up(wide[0], stride4, wide[1]), Up(wide[1], stride2, FEATURES)]
+            [
+                Up(stride16, stride8, wide[0], skips),
+                Up(wide[0], stride4, wide[1], skips),
+                Up(wide[1], stride2, FEATURES, skips),
+            ]
         )
 
     def forward(self, features: list[Tensor]) -> Tensor:
@@ -55,12 +60,12 @@ class Decoder(nn.Module):
 
 
 class Network(nn.Module):
-    """Predicts colour from lightness. `head` maps the features to `outputs` channels: 313 logits, or ab itself."""
+    """Predicts colour from lightness. `head` maps features to `outputs` channels: 313 logits, or 2: ab / AB_SCALE."""
 
-    def __init__(self, outputs: int, width: float = 1.0) -> None:
+    def __init__(self, outputs: int, width: float = 1.0, skips: bool = True) -> None:
         super().__init__()
         self.encoder = Encoder(width)
-        self.decoder = Decoder(self.encoder.channels, width)
+        self.decoder = Decoder(self.encoder.channels, width, skips)
         self.head = nn.Conv2d(FEATURES, outputs, 1)
         # starts from "every bin is as likely": the first steps need not unlearn a random opinion
         nn.init.normal_(self.head.weight, std=0.01)
@@ -86,6 +91,6 @@ class Network(nn.Module):
         return features
 
     def forward(self, lightness: Tensor) -> Tensor:
-        """L [B, 1, H, W] -> logits [B, 313, H/2, W/2]: for export and inspection, training never builds them."""
-        logits: Tensor = self.head(self.features(lightness))
-        return logits
+        """L [B, 1, H, W] -> [B, outputs, H/2, W/2]: for export and inspection, training never builds 313 logits."""
+        outputs: Tensor = self.head(self.features(lightness))
+        return outputs

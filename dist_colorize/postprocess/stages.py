@@ -26,11 +26,15 @@ import yaml
 from torch import Tensor
 
 from dist_colorize import config
+from dist_colorize.color.lab import AB_SCALE
 from dist_colorize.errors import UserError
 from dist_colorize.resources import resource
 
 LOGIT_LIMIT = 1e30
 """Logits are clamped to +-LOGIT_LIMIT, NaN to -LOGIT_LIMIT, before the temperature divides them: outputs are finite."""
+
+AB_LIMIT = 128.0
+"""A network that predicts ab itself is held within +-AB_LIMIT, where all colours lie; a NaN becomes neutral."""
 
 TRUNCATE = 3.0
 """The Gaussian ends at this many sigmas."""
@@ -225,9 +229,23 @@ class Preset:
 def decode_and_run(
     preset: Preset, backend: Backend, features: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[list[tuple[str, Tensor]], Tensor]:
-    """Features [B, C, h, w], head weight [313, C] and bias [313] -> (results of `run`, confidence [B, h, w])."""
-    ab, confidence = backend.decode(features, weight, bias, preset.temperature)
+    """Features [B, C, h, w], head weight [313, C] and bias [313] -> (results of `run`, confidence [B, h, w]).
+
+    A head of 2 rows predicts ab / AB_SCALE itself: its confidence is 1 everywhere: no stage finds fault with it.
+    """
+    if len(weight) == 2:
+        ab, confidence = decode_regression(features, weight, bias)
+    else:
+        ab, confidence = backend.decode(features, weight, bias, preset.temperature)
     return run(preset, backend, ab, confidence), confidence
+
+
+def decode_regression(features: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [B, C, h, w], weight [2, C], bias [2] -> ab [B, 2, h, w], finite and within +-128, and confidence 1."""
+    # [B, C, h, w] -> [B, h, w, C] @ [C, 2]; fp32 whatever the features are
+    ab = (features.movedim(1, -1).float() @ weight.float().T + bias.float()) * AB_SCALE
+    ab = ab.nan_to_num_(nan=0.0).clamp_(-AB_LIMIT, AB_LIMIT)
+    return ab.movedim(-1, 1).contiguous(), torch.ones_like(ab[..., 0])
 
 
 def run(preset: Preset, backend: Backend, ab: Tensor, confidence: Tensor) -> list[tuple[str, Tensor]]:

@@ -1,8 +1,4 @@
-"""What a network is trained for. An objective turns features and the true ab into a loss *sum* and the sum of weights.
-
-Sums, not means: the mean over the global batch is the ratio of two sums over all ranks (a mean of the ranks' means
-would weigh a rank with many rare colours wrongly), and the training step divides once.
-"""
+"""Cross entropy over the 313 bins of the ab plane, plain and rebalanced. The logits never exist all at once."""
 
 from __future__ import annotations
 
@@ -12,28 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_colorize.color.gamut import BINS, Gamut
+from dist_colorize.color.gamut import Gamut
 from dist_colorize.models.network import OUTPUT_STRIDE
+from dist_colorize.models.objectives.base import Objective
 
 CHUNK = {"cpu": 4096, "cuda": 65536}
 """Pixels whose logits exist at a time in the chunked loss: about 5 MB on a CPU, 80 MB (fp32) on a GPU."""
 
 
-class RebalancedCrossEntropy(nn.Module):
-    """Cross entropy over 313 bins, each pixel weighted by its true bin's class weight (Zhang et al. 2016, eq. 2)."""
-
-    outputs: ClassVar[int] = BINS
-    """Channels of the head."""
+class CrossEntropy(Objective):
+    """Cross entropy with the nearest bin as label; every pixel weighs the same."""
 
     def __init__(self, class_weights: Tensor) -> None:
-        super().__init__()
+        super().__init__(class_weights)
         self.gamut = Gamut()
         # saved as a checkpoint field of its own, so not a second time with the module
-        self.register_buffer("class_weights", class_weights, persistent=False)
+        weights = class_weights if self.rebalances else torch.ones_like(class_weights)
+        self.register_buffer("class_weights", weights, persistent=False)
         self.class_weights: Tensor
 
-    def forward(self, features: Tensor, head: nn.Conv2d, ab: Tensor) -> tuple[Tensor, Tensor]:
-        """features [B, 64, H/2, W/2], true ab [B, 2, H, W] -> sum of weighted losses, sum of weights (0-dim, fp32)."""
+    def forward(self, features: Tensor, head: nn.Conv2d, lightness: Tensor, ab: Tensor) -> tuple[Tensor, Tensor]:
         # labels: [B, H/2, W/2] -> [B * H/2 * W/2]
         labels = self.gamut.nearest(F.avg_pool2d(ab, OUTPUT_STRIDE)).flatten().long()
         # [B, 64, h, w] -> [B * h * w, 64]: a view, as the features lie channels last
@@ -51,3 +45,9 @@ class RebalancedCrossEntropy(nn.Module):
             ),
         )
         return loss.float(), self.class_weights[labels].sum()
+
+
+class RebalancedCrossEntropy(CrossEntropy):
+    """Each pixel weighted by its true bin's class weight (Zhang et al. 2016, eq. 2): rare colours count more."""
+
+    rebalances: ClassVar[bool] = True
