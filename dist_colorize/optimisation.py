@@ -157,6 +157,7 @@ class Optimisation:
         """What a checkpoint holds of the optimisation; the network is saved beside it, under `model`."""
         return {
             "model": self.module.network.state_dict(),
+            "objective": self.module.objective.state_dict(),
             "ema": None if self.average is None else self.average.module.state_dict(),
             "optimizer": self.adam.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -165,6 +166,7 @@ class Optimisation:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict()`. The caller has checked that the checkpoint is of this configuration."""
         self.module.network.load_state_dict(state["model"])
+        self.module.objective.load_state_dict(state["objective"])
         if self.average is not None:
             self.average.module.load_state_dict(state["ema"] or state["model"])
             self.average.n_averaged.fill_(1)

@@ -16,6 +16,7 @@ import torch
 
 from dist_colorize import checkpoint, config
 from dist_colorize.checkpoint import load_module
+from dist_colorize.color.gamut import BINS
 from dist_colorize.color.rebalance import class_weights, prior
 from dist_colorize.data import Loader, Order, evaluation_batches, open_photographs
 from dist_colorize.data.histogram import count_colours
@@ -56,6 +57,8 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
     # What the network is to learn: which colours are rare among these photographs.
     if state:
         weights = state["class_weights"]
+    elif not METHODS[recipe.model.method].rebalances:
+        weights = torch.ones(BINS)
     else:
         cells = count_colours(training, recipe.data, recipe.loss.sample, world, stop)
         weights = class_weights(prior(cells, recipe.loss), recipe.loss.rebalance)
