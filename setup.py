@@ -61,13 +61,14 @@ setup(
         "pyyaml",  # config files
         "tensorboard",
         "submitit",  # SLURM
+        "scipy",  # the convex hull of the gamut
         "scikit-image",  # photographs of the quickstart; SSIM and CIEDE2000
         "pyvips[binary]",  # photographs in and out, of any type and size
         "tqdm",
         "pillow",  # captions in panels
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "scipy"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"],
     },
     classifiers=[
         "Environment :: GPU :: NVIDIA CUDA",
