@@ -56,7 +56,7 @@ def build(cls: type[T], mapping: Mapping[str, Any], source: str) -> T:
 
 def dump(config: Any) -> str:
     """YAML text which `build` and `load` read back to an equal object; keys in the order of the declaration."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -107,6 +107,18 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, f'"{key.value}" is given twice', key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """A SafeDumper which escapes the line breaks that only Unicode knows; PyYAML reads them back as spaces."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if re.search("[\x85\u2028\u2029\ufeff]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _read(path: str | Path) -> str:

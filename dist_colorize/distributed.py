@@ -37,7 +37,7 @@ T = TypeVar("T")
 POLL_SECONDS = 0.2
 """How often ranks that wait for rank 0's work agree on whether to go on."""
 
-SECOND_SIGNAL_SECONDS = 1.0
+SECOND_SIGNAL_SECONDS = 2.0
 """A signal this long after the first one is a second wish. Launchers repeat one: `scancel` reaches torchrun and its
 ranks alike, and torchrun then tells the ranks again."""
 
@@ -224,9 +224,10 @@ def usable_cores() -> int:
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 while it is entered; a second signal leaves the process at once.
+    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2; a second signal (seconds later) leaves the process at once.
 
     The handler only sets the flag: the loops that poll it save and leave in order, all ranks at the same step.
+    Used as a context. After it the earlier handlers are back, unless a signal came: the process is about to end then.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -244,8 +245,11 @@ class StopFlag:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        if (
+            self._first is None
+        ):  # else the launcher's echo of the signal may still come, and must not end us halfway out
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
     def request(self) -> None:
         """Set the flag without a signal: another rank was told to stop."""

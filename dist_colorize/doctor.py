@@ -222,9 +222,8 @@ def _slurm() -> Finding:
     done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=30, check=False)
     job = f", inside job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
     if done.returncode:
-        return Finding(
-            "SLURM", "broken", done.stderr.strip() or "srun --version fails", "ask the cluster's administrator"
-        )
+        reason = done.stderr.strip().partition("\n")[0] or "srun --version fails"
+        return Finding("SLURM", "absent", reason, "srun is installed but finds no cluster; torchrun needs none")
     return Finding("SLURM", "ok", f"{done.stdout.strip()}{job}")
 
 

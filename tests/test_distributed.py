@@ -106,6 +106,9 @@ def test_ranks_sum_agree_and_share(tmp_path: Path, program: Any, torchrun: Any) 
 
 
 STEPS = """
+    from dist_colorize import distributed
+    distributed.SECOND_SIGNAL_SECONDS = float(os.environ["GRACE"])
+
     def main():
         with session(DistributedConfig()) as world, StopFlag() as stop:
             for step in range(10**6):
@@ -114,7 +117,7 @@ STEPS = """
                     note(pid=os.getpid())
                 if world.agree(stop.requested):
                     if world.is_leader:
-                        time.sleep(3)  # saves
+                        time.sleep(float(os.environ["SAVING"]))
                     note(left=step)
                     raise Interrupted(f"at step {step}")
     run_command(main)
@@ -122,20 +125,23 @@ STEPS = """
 
 
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("told", ["launcher", "launcher and ranks", "one rank"])
+@pytest.mark.parametrize("told", ["launcher", "launcher and ranks", "ranks"])
 def test_a_signal_ends_all_ranks_at_the_same_step(tmp_path: Path, program: Any, told: str) -> None:
     command = torchrun_command(2, *program(STEPS))
-    process = subprocess.Popen(command, env=rank_environment(), stderr=subprocess.PIPE, text=True)
+    # Rank 0 saves for long after the ranks were told; the grace is shorter than the others take to leave.
+    env = rank_environment({"SAVING": "6", "GRACE": "0.2"} if told == "ranks" else {"SAVING": "0", "GRACE": "30"})
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
         while not all((tmp_path / f"{rank}.json").exists() for rank in range(2)):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         pids = [facts["pid"] for facts in notes(tmp_path, 2)]
-        # scancel tells launcher and ranks, and the launcher then tells its ranks a second time
-        for pid in {"launcher": [], "launcher and ranks": pids, "one rank": pids[1:]}[told]:
+        # The launcher tells its ranks, for a second time where scancel told them too; told alone, the first rank that
+        # leaves makes the launcher tell the others.
+        for pid in pids if "ranks" in told else []:
             os.kill(pid, signal.SIGTERM)
-        if told != "one rank":
+        if "launcher" in told:
             process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=60)
     finally:
@@ -256,15 +262,29 @@ def test_precision_follows_the_gpu(monkeypatch: pytest.MonkeyPatch, has_bf16: bo
 
 
 @pytest.mark.parametrize("number", StopFlag.SIGNALS)
-def test_the_handler_only_sets_the_flag_and_gives_way_afterwards(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+def test_the_handler_only_sets_the_flag_and_outlives_the_launchers_echo(number: signal.Signals) -> None:
+    before = {each: signal.getsignal(each) for each in StopFlag.SIGNALS}
+    try:
+        with StopFlag() as stop:
+            assert not stop.requested
+            os.kill(os.getpid(), number)
+            time.sleep(0)  # let Python run the handler
+            assert stop.requested
+            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # on the way out
+        time.sleep(0)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def test_without_a_signal_the_earlier_handlers_are_back() -> None:
+    before = [signal.getsignal(number) for number in StopFlag.SIGNALS]
     with StopFlag() as stop:
-        assert not stop.requested
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # the launcher's echo of the same wish
-        time.sleep(0)  # let Python run the handlers
+        assert before != [signal.getsignal(number) for number in StopFlag.SIGNALS]
+        stop.request()  # another rank was told
         assert stop.requested
-    assert signal.getsignal(number) == before
+    assert before == [signal.getsignal(number) for number in StopFlag.SIGNALS]
 
 
 def test_a_second_signal_leaves_at_once() -> None:

@@ -137,7 +137,7 @@ def test_pretrained_weights_are_looked_for_where_torch_keeps_them(
     assert doctor._weights().facts == f"pretrained weights in {file}"
 
 
-@pytest.mark.parametrize(("script", "state"), [("echo slurm 23.11.4", "ok"), ("echo no config >&2; exit 1", "broken")])
+@pytest.mark.parametrize(("script", "state"), [("echo slurm 23.11.4", "ok"), ("echo no config >&2; exit 1", "absent")])
 def test_slurm_is_found_by_its_srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, state: str) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert doctor._slurm().state == "absent"
