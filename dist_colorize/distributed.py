@@ -240,6 +240,8 @@ class StopFlag:
     def __enter__(self) -> Self:
         for number in self.SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
+        # A launcher may have held signals back until now (slurm/hold_signals.py); one that came meanwhile is seen here.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self
 
     def __exit__(
