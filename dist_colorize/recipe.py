@@ -16,6 +16,7 @@ from dist_colorize.evaluation import EvaluateConfig
 from dist_colorize.models import ModelConfig
 from dist_colorize.optimisation import TrainConfig
 from dist_colorize.resources import resource
+from dist_colorize.slurm.settings import SlurmConfig
 from dist_colorize.tracking import RunConfig
 
 
@@ -29,6 +30,7 @@ class Recipe:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 def load_recipe(description: str, argv: Sequence[str] | None = None) -> Recipe:

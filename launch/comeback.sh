@@ -1,0 +1,75 @@
+# How a batch script of dist_colorize begins and ends: where its tasks meet, and whether the job comes back.
+#
+# launch/slurm.py puts this text into the scripts that it writes; launch/torchrun.sbatch sources it. Bash and SLURM's
+# own commands only, as tasks may run in a container that the batch script is not in. Set before:
+#   NOTES     folder for the notes of this job; a shared one
+#   RUN       run folder, or empty for a command that has none
+#   RESUME    command by which the user resumes by hand
+#   REQUEUES  how often the job may come back in all
+#   RETRIES   how often after failures in a row without a new checkpoint between them
+
+# The number of an array's last job is that of the whole array: address it by its index.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+JOB=${JOB:-$SLURM_JOB_ID}
+STARTS=${SLURM_RESTART_COUNT:-0}
+
+say() { echo "[$(date '+%F %T')] job $JOB: $*"; }
+
+# The job's last line when it is not finished.
+give_up() {
+  say "$1; it does not come back. To go on: $RESUME"
+  exit "$2"
+}
+
+begin() {
+  if ((STARTS > REQUEUES)); then
+    give_up "its budget of $REQUEUES requeues is spent (slurm.requeues)" 1
+  fi
+  echo "$STARTS" >"$NOTES/$SLURM_JOB_ID.owner" # tasks of an earlier start that still run somewhere leave
+  touch "$NOTES/$SLURM_JOB_ID.start"
+  # A port that nobody listens on. Jobs that share this node begin to look at different places.
+  MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+  while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
+  export MASTER_PORT
+  say "start $STARTS on $SLURM_JOB_NODELIST"
+}
+
+# end CODE: what becomes of the job when its tasks have left with CODE
+end() {
+  local code=$1 why state newest count=0 at=
+  if ((code == 0)); then
+    say "finished"
+    exit 0
+  elif ((code == 2)); then
+    give_up "what it was asked to do cannot work (see the error above)" 2
+  elif ((code == 75)) || was_interrupted; then
+    why="interrupted, its work is saved"
+  else
+    why="failed with exit code $code"
+  fi
+  # A requeue would raise a cancelled job from the dead.
+  state=$(squeue --noheader --jobs="$JOB" --format=%T)
+  if [[ $state != RUNNING && $state != SIGNALING ]]; then
+    give_up "$why; it was ended from outside (${state:-gone})" "$code"
+  fi
+  if [[ $why == failed* ]]; then
+    newest=$(readlink "$RUN/checkpoints/latest")
+    [[ -f $NOTES/$SLURM_JOB_ID.failures ]] && read -r count at <"$NOTES/$SLURM_JOB_ID.failures"
+    [[ $at == "$newest" ]] || count=0
+    if ((count >= RETRIES)); then
+      give_up "$why, for the $((count + 1)). time without a new checkpoint (slurm.retries=$RETRIES)" "$code"
+    fi
+    echo "$((count + 1)) $newest" >"$NOTES/$SLURM_JOB_ID.failures"
+  fi
+  if ((STARTS >= REQUEUES)); then
+    give_up "$why; its budget of $REQUEUES requeues is spent (slurm.requeues)" "$code"
+  fi
+  say "$why; requeued, $((REQUEUES - STARTS - 1)) more requeues left"
+  scontrol requeue "$JOB" || give_up "$why; the cluster refused to requeue it" "$code"
+  exit "$code"
+}
+
+# torchrun hides the exit code of its ranks; the run folder tells.
+was_interrupted() {
+  [[ $RUN/status.json -nt $NOTES/$SLURM_JOB_ID.start ]] && grep -q '"state": "interrupted"' "$RUN/status.json"
+}
