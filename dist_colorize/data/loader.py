@@ -241,10 +241,10 @@ class _Decoder:
     def _deliver(self, outputs: Any, plan: Plan) -> Batch:
         # The consumer works in another CUDA stream. What it gets is finished, so that it need not wait for this one.
         with torch.cuda.stream(self._stream):
-            L, a, b = (_to_torch(output, self._device) for output in outputs)
+            L, a, b = (_on_device(output, self._device) for output in outputs)
             weight = torch.from_numpy(plan.weight).to(self._device)
-            # [B, 1, S, S] twice -> [B, 2, S, S]
-            ab = torch.cat([a, b], dim=1)
+            # [B, 1, S, S] twice -> [B, 2, S, S]; this copies, as clone() does
+            L, ab = L.clone(), torch.cat([a, b], dim=1)
         if self._stream is not None:
             self._stream.synchronize()
         return Batch(L, ab, weight, torch.from_numpy(plan.row))
@@ -262,14 +262,13 @@ def _decoding_device(config: DataConfig, device: torch.device) -> Literal["cpu",
     return "gpu" if config.device != "cpu" and device.type == "cuda" else "cpu"
 
 
-def _to_torch(output: Any, device: torch.device) -> Tensor:
-    """A copy of a batch that DALI made, on `device`: DALI uses its own memory again."""
+def _on_device(output: Any, device: torch.device) -> Tensor:
+    """A batch that DALI made, on `device`; it may be DALI's own memory, which the next batch overwrites."""
     dense = output.as_tensor()
     if isinstance(output, TensorListGPU):
         tensor = torch.empty(dense.shape(), device=device)
         return feed_ndarray(dense, tensor, cuda_stream=torch.cuda.current_stream(device))
-    pinned = torch.empty(dense.shape(), pin_memory=device.type == "cuda")
-    return feed_ndarray(dense, pinned).to(device, non_blocking=True)
+    return torch.from_dlpack(dense).to(device)
 
 
 def _on_current_stream(batches: Prefetch[Batch] | Generator[Batch, None, None]) -> Iterator[Batch]:
