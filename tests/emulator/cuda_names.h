@@ -52,8 +52,9 @@ extern dim3 blockDim, gridDim;
 namespace emulator {
 enum class Reduce { none, count, any, all };
 int barrier(Reduce reduce, int value, int line, const char* file);
-// Deposits `bits` of this lane and returns those of all 32 lanes once every lane of `mask` has deposited.
-const uint32_t* exchange(unsigned mask, uint32_t bits, int line, const char* file);
+// Deposits `bits` of this lane and returns those of all 32 lanes once every lane of `mask` has deposited. Shuffles and votes
+// do not order memory, __syncwarp does.
+const uint32_t* exchange(unsigned mask, uint32_t bits, int line, const char* file, bool orders_memory = false);
 [[noreturn]] void fail(const char* format, ...);
 void* dynamic_shared_bytes();
 unsigned lane();
@@ -89,7 +90,7 @@ inline void __syncthreads(EMULATOR_SITE) { emulator::barrier(emulator::Reduce::n
 inline int __syncthreads_count(int value, EMULATOR_SITE) { return emulator::barrier(emulator::Reduce::count, value, line, file); }
 inline int __syncthreads_or(int value, EMULATOR_SITE) { return emulator::barrier(emulator::Reduce::any, value, line, file); }
 inline int __syncthreads_and(int value, EMULATOR_SITE) { return emulator::barrier(emulator::Reduce::all, value, line, file); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATOR_SITE) { emulator::exchange(mask, 0, line, file); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATOR_SITE) { emulator::exchange(mask, 0, line, file, true); }
 inline unsigned __ballot_sync(unsigned mask, int value, EMULATOR_SITE) {
     const uint32_t* all = emulator::exchange(mask, value != 0, line, file);
     unsigned ballot = 0;

@@ -83,6 +83,7 @@ struct Fiber {
     int value;  // deposited at a barrier, then what the barrier returns
     unsigned mask;
     uint32_t bits, all[32];
+    unsigned barriers, warp_barriers;  // how many this thread has passed
 };
 
 std::vector<Fiber> fibers(MOST_THREADS);
@@ -91,7 +92,13 @@ void* scheduler_stack_pointer;
 void* scheduler_tsan;
 void (*kernel_call)(void**);
 void** kernel_arguments;
-std::vector<char> tsan_tags(1 + MOST_THREADS / 32);  // one address for the block's barrier, one for each warp
+// Addresses that stand for the barrier of a block and its warps' instructions. Never touched, and other ones for each block:
+// what is released in one block must not be acquired in the next.
+constexpr size_t TAGS = 2 * (1 + MOST_THREADS / 32), TAG_BLOCKS = 1 << 16;
+char* tsan_tags;
+// Two for each, taken in turns: a thread that is already at the next barrier must not be acquired by one that still has
+// to leave this one. `place`: 0 for the block, 1 + n for warp n.
+char* tag(size_t place, unsigned count) { return tsan_tags + 8 * (2 * place + count % 2); }
 sigjmp_buf failure;
 std::string message;
 char* dynamic_base;
@@ -152,6 +159,7 @@ void start(Fiber& fiber) {
     top[6] = reinterpret_cast<void*>(fiber_main);
     fiber.stack_pointer = top;
     fiber.state = State::ready;
+    fiber.barriers = fiber.warp_barriers = 0;
     if (__tsan_create_fiber) fiber.tsan = __tsan_create_fiber(0);
 }
 
@@ -256,6 +264,7 @@ void run_block(unsigned threads, bool reversed, size_t dynamic_bytes) {
 
 // Device memory: pages of its own between two pages that nobody may touch.
 struct Guarded {
+    static constexpr char SLACK = char(0xfe);
     char *pages = nullptr, *data = nullptr;
     size_t bytes = 0, room = 0;
 
@@ -265,7 +274,8 @@ struct Guarded {
         room = (size + 32 + PAGE - 1) / PAGE * PAGE;
         pages = static_cast<char*>(mmap(nullptr, room + 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
         if (pages == MAP_FAILED) fail("no memory for %zu bytes of an array", size);
-        memset(pages + PAGE, 0xff, room);
+        // NaN would look untouched after a NaN was computed from it and written over it
+        memset(pages + PAGE, SLACK, room);
         const size_t last = room - size;  // the latest possible start: then step back to the phase
         data = pages + PAGE + (at_start ? phase : last - (last - phase) % 16);
         mprotect(pages, PAGE, PROT_NONE);
@@ -277,7 +287,7 @@ struct Guarded {
     }
     bool slack_is_untouched() const {
         for (const char* p = pages + PAGE; p < pages + PAGE + room; ++p)
-            if ((p < data || p >= data + bytes) && *p != char(0xff)) return false;
+            if ((p < data || p >= data + bytes) && *p != SLACK) return false;
         return true;
     }
     void release() {
@@ -334,13 +344,14 @@ int barrier(Reduce reduce, int value, int line, const char* file) {
     self->value = value;
     self->line = line;
     self->file = file;
-    if (__tsan_release) __tsan_release(&tsan_tags[0]);
+    char* const here = tag(0, self->barriers++);
+    if (__tsan_release) __tsan_release(here);
     to_scheduler();
-    if (__tsan_acquire) __tsan_acquire(&tsan_tags[0]);
+    if (__tsan_acquire) __tsan_acquire(here);
     return self->value;
 }
 
-const uint32_t* exchange(unsigned mask, uint32_t bits, int line, const char* file) {
+const uint32_t* exchange(unsigned mask, uint32_t bits, int line, const char* file, bool orders_memory) {
     Fiber* self = current;
     if (!(mask >> lane() & 1)) fail("%s:%d: lane %u calls a warp instruction with mask %08x, which leaves it out", file, line, lane(), mask);
     self->state = State::warp;
@@ -348,10 +359,14 @@ const uint32_t* exchange(unsigned mask, uint32_t bits, int line, const char* fil
     self->bits = bits;
     self->line = line;
     self->file = file;
-    char* tag = &tsan_tags[1 + (self - fibers.data()) / 32];
-    if (__tsan_release) __tsan_release(tag);
+    if (!orders_memory) {
+        to_scheduler();
+        return self->all;
+    }
+    char* const here = tag(1 + (self - fibers.data()) / 32, self->warp_barriers++);
+    if (__tsan_release) __tsan_release(here);
     to_scheduler();
-    if (__tsan_acquire) __tsan_acquire(tag);
+    if (__tsan_acquire) __tsan_acquire(here);
     return self->all;
 }
 
@@ -432,11 +447,14 @@ extern "C" const char* emulator_launch(const char* name, const Launch* launch, A
         const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
         const uint64_t blocks = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
         if (__tsan_get_current_fiber) scheduler_tsan = __tsan_get_current_fiber();
+        char* const tags = static_cast<char*>(mmap(nullptr, 8 * TAGS * TAG_BLOCKS, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
         for (uint64_t i = 0; i < blocks; ++i) {
+            tsan_tags = tags + 8 * TAGS * (i % TAG_BLOCKS);
             const uint64_t at = launch->reversed ? blocks - 1 - i : i;
             blockIdx = {unsigned(at % gridDim.x), unsigned(at / gridDim.x % gridDim.y), unsigned(at / gridDim.x / gridDim.y)};
             run_block(threads, launch->reversed, launch->shared_bytes);
         }
+        munmap(tags, 8 * TAGS * TAG_BLOCKS);
         if (__tsan_acquire) __tsan_acquire(&kernels);
         destroy_finished();
         for (unsigned i = 0; i < launch->arguments; ++i) {
