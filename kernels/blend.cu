@@ -18,6 +18,9 @@
 //      index arithmetic.
 //   4. Blocks in which every cell is confident copy and leave: typically most of a photograph.
 // One channel a block: twice the blocks of one cell a thread, which a single small image needs to fill a GPU.
+//
+// Resident threads, at least, on sm_75, 80, 86, 89, 90, 100, 120 (checked by tests/test_kernels_compiled.py):
+// occupancy blend: 100 75 100 100 75 75 100 %
 #include "gaussian.cuh"
 
 // ab, out [B, 2, height, width], confidence [B, height, width]; inverse = 1 / (high - low), 0 for low = high.

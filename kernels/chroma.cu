@@ -13,6 +13,9 @@
 //   3. Four cells a thread with 16-byte loads and stores: a quarter of the load instructions and four times the bytes in
 //      flight. A plane whose size is no multiple of 4 has its second channel misaligned and takes single loads.
 // The angle is never computed: comparing the projection on the hue's direction with c cos(width / 2) needs no atan2.
+//
+// Resident threads, at least, on sm_75, 80, 86, 89, 90, 100, 120 (checked by tests/test_kernels_compiled.py):
+// occupancy scale_chroma: 100 100 100 100 100 100 100 %
 #include "numbers.cuh"
 
 constexpr int THREADS = 256;

@@ -27,6 +27,14 @@
 //      the last load.
 // Not taken: tensor-core products inside this kernel. The library's product is already at the machine's rate for every
 // architecture; ours would have to be written for each.
+//
+// Resident threads, at least, on sm_75, 80, 86, 89, 90, 100, 120 (checked by tests/test_kernels_compiled.py):
+// occupancy decode_planar_float32: 100 75 83 83 75 75 83 %
+// occupancy decode_planar_float16: 100 75 83 83 75 75 83 %
+// occupancy decode_planar_bfloat16: 100 75 83 83 75 75 83 %
+// occupancy decode_rows_float32: 100 75 100 100 75 75 100 %
+// occupancy decode_rows_float16: 100 75 100 100 75 75 100 %
+// occupancy decode_rows_bfloat16: 100 75 100 100 75 75 100 %
 #include "centers.cuh"
 #include "numbers.cuh"
 #include "residency.cuh"

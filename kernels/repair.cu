@@ -20,6 +20,11 @@
 //      sweeps are launched; each block adds its count of repaired cells to the sweep's counter (__syncthreads_count, one
 //      atomic a block), and a sweep whose predecessor counted nothing returns at once. finish finds the last buffer from
 //      the counters. Nothing is copied to the host.
+//
+// Resident threads, at least, on sm_75, 80, 86, 89, 90, 100, 120 (checked by tests/test_kernels_compiled.py):
+// occupancy repair_mark: 100 100 100 100 100 100 100 %
+// occupancy repair_sweep: 100 75 100 100 75 75 100 %
+// occupancy repair_finish: 100 75 100 100 75 75 100 %
 #include "gaussian.cuh"
 
 enum State : unsigned char { NEUTRAL = 0, SUSPECT = 1, TRUSTED = 2 };
