@@ -52,7 +52,10 @@ setup(
         *(f"dist_colorize.{folder}" for folder in present),
     ],
     package_dir={f"dist_colorize.{folder}": folder for folder in present},
-    package_data={f"dist_colorize.{folder}": FOLDERS[folder] for folder in present},
+    package_data={
+        "dist_colorize.report": ["*.html"],
+        **{f"dist_colorize.{folder}": FOLDERS[folder] for folder in present},
+    },
     install_requires=[
         "torch>=2.14,<2.15",  # linear_cross_entropy, which never builds the logits, is new in 2.14
         "torchvision>=0.29,<0.30",  # VGG16-BN and its pretrained weights
