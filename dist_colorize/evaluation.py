@@ -1,14 +1,16 @@
 """Evaluation over a set of photographs, for `train` and `evaluate`: scores per post-processing stage, and pictures.
 
-Every rank scores its own share; sums and counts are all-reduced, and padding counts 0, so the table does not depend on
-the world size.
+Every rank scores its own share of the photographs; the scores of each photograph are gathered, put in the order of the
+photographs and only then averaged. Padding is no photograph. So the table does not depend on the world size.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +20,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dist_colorize import intervals, metrics
+from dist_colorize.color.gamut import Gamut
 from dist_colorize.data import Batch, DataConfig
 from dist_colorize.distributed import World
-from dist_colorize.errors import Interrupted
+from dist_colorize.errors import Interrupted, UserError
 from dist_colorize.files import write_atomically
 from dist_colorize.metrics import METRICS
 from dist_colorize.models.network import Network
 from dist_colorize.postprocess.cpu import TorchBackend
 from dist_colorize.postprocess.panel import captioned
-from dist_colorize.postprocess.stages import Preset, decode_and_run
+from dist_colorize.postprocess.stages import Preset
+from dist_colorize.scoring import FINAL, GRAY, RAW, TRUTH, Picture, Scored, Scores, score
 
-GRAY, RAW, FINAL, TRUTH = "gray", "raw", "final", "truth"
-"""The first and the last stages, and the photograph itself."""
 CAPTIONS = ("grayscale", "raw", "smoothed", "ground truth")
 """Over a panel's columns: `smoothed` is the final result."""
-
-Picture = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class EvaluateConfig:
     batch: int = 8
     """Photographs per rank at a time."""
     pictures: int = 8
-    """Photographs shown in panels and TensorBoard: the first of the validation set."""
+    """Photographs shown in panels, reports and TensorBoard: the first of the validation set."""
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -54,19 +55,58 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Evaluation:
-    scores: dict[str, dict[str, float]]
-    """Stage -> metric -> mean over the photographs. Stages in order: gray (ab = 0), raw, ..., final."""
-    count: int
-    """Photographs that were scored."""
-    pictures: list[dict[str, Picture]]
-    """The first photographs, each as stage -> uint8 [H, W, 3], with TRUTH beside the stages. Empty but on rank 0."""
+    photographs: list[Scored]
+    """In the order of the validation set, the same on every rank; pictures only on rank 0."""
+
+    @property
+    def count(self) -> int:
+        """Photographs that were scored."""
+        return len(self.photographs)
+
+    @property
+    def pictures(self) -> list[dict[str, Picture]]:
+        """The first photographs, each as stage -> uint8 [H, W, 3], with TRUTH beside the stages; on rank 0."""
+        return [one.pictures for one in self.photographs if one.pictures]
+
+    @cached_property
+    def scores(self) -> Scores:
+        """Stage -> metric -> mean over the photographs. Stages in order: gray (ab = 0), raw, ..., final."""
+        values, weights = self._values(), self._weights()
+        return self._by_stage((values * weights).sum(axis=0) / weights.sum(axis=0))
+
+    @cached_property
+    def intervals(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """Stage -> metric -> 95 % bootstrap interval of the mean; see dist_colorize.intervals."""
+        ends = intervals.interval(intervals.resampled_means(self._values(), self._weights()))
+        low, high = (self._by_stage(end) for end in ends)
+        return {stage: {name: (low[stage][name], high[stage][name]) for name in row} for stage, row in low.items()}
+
+    @cached_property
+    def classifier(self) -> dict[str, tuple[float, float, float]]:
+        """top1, top5, ece in %, each with its interval (value, low, high); empty where the network is no classifier."""
+        if any(one.calibration is None for one in self.photographs):
+            return {}
+        hits = np.array([[one.classifier["top1"], one.classifier["top5"]] for one in self.photographs])
+        low, high = intervals.interval(intervals.resampled_means(hits))
+        found = {
+            name: (float(hits[:, i].mean()), float(low[i]), float(high[i])) for i, name in enumerate(("top1", "top5"))
+        }
+        # [N, 15, 3] -> [N, 45]: sums of cells, confidence and right ones are resampled, the error is taken of the sums
+        bins = np.array([one.calibration for one in self.photographs])
+        sums = intervals.resampled_means(bins.reshape(len(bins), -1)).reshape(-1, *bins.shape[1:])
+        error = 100 * float(metrics.calibration_error(bins.sum(axis=0)))
+        low, high = intervals.interval(100 * metrics.calibration_error(sums))
+        return found | {"ece": (error, float(low), float(high))}
 
     def table(self) -> str:
-        """The scores as text, a line per stage."""
-        names = list(next(iter(self.scores.values())))
-        units = {"psnr": "PSNR (dB)", "mse": "MSE (levels^2)"}
-        lines = [f"{'':10}" + "".join(f"{units.get(name, name):>16}" for name in names)]
-        lines += [f"{stage:10}" + "".join(f"{row[n]:16.2f}" for n in names) for stage, row in self.scores.items()]
+        """The scores as text: a line per metric, a column per stage, with 95 % intervals."""
+        stages = list(self.scores)
+        lines = [f"{'':20}" + "".join(f"{stage:>25}" for stage in stages)]
+        for name in self.scores[RAW]:
+            cells = [_cell(self.scores[s][name], *self.intervals[s][name]) for s in stages]
+            lines.append(f"{METRICS[name].label:20}" + "".join(f"{cell:>25}" for cell in cells))
+        for name, facts in self.classifier.items():
+            lines.append(f"{METRICS[name].label:20}" + f"{'':25}" + f"{_cell(*facts):>25}")
         return "\n".join(lines)
 
     def panel(self) -> Picture:
@@ -74,79 +114,95 @@ class Evaluation:
         columns = zip(CAPTIONS, (GRAY, RAW, FINAL, TRUTH), strict=True)
         return captioned([(text, np.concatenate([p[stage] for p in self.pictures])) for text, stage in columns])
 
+    def _columns(self) -> list[tuple[str, str]]:
+        return [(stage, name) for stage, row in self.photographs[0].scores.items() for name in row]
+
+    def _values(self) -> NDArray[np.float64]:
+        """[photographs, columns]."""
+        columns = self._columns()
+        return np.array([[one.scores[stage][name] for stage, name in columns] for one in self.photographs])
+
+    def _weights(self) -> NDArray[np.float64]:
+        """[photographs, columns]: 1, and the rarity of the photograph's colours for the rebalanced AuC."""
+        rarity = np.array([[one.rarity] for one in self.photographs])
+        rebalanced = np.array([name == "auc_rebalanced" for _, name in self._columns()])
+        return np.where(rebalanced, rarity, 1.0)
+
+    def _by_stage(self, row: NDArray[np.float64]) -> Scores:
+        table: Scores = {}
+        for (stage, name), value in zip(self._columns(), row.tolist(), strict=True):
+            table.setdefault(stage, {})[name] = value
+        return table
+
+
+def _cell(value: float, low: float, high: float) -> str:
+    digits = 3 if abs(value) < 2 else 2
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
 
 @torch.inference_mode()
 def evaluate(
-    network: Network, batches: Iterable[Batch], preset: Preset, world: World, pictures: int = 0, stop: Any = None
+    network: Network,
+    batches: Iterable[Batch],
+    preset: Preset,
+    world: World,
+    pictures: int = 0,
+    stop: Any = None,
+    bin_weights: Tensor | None = None,
 ) -> Evaluation:
     """Scores the network on batches of photographs (`data.evaluation_batches`); a collective call.
 
-    `stop.requested` is agreed upon before every batch; raises Interrupted on all ranks when any was asked to stop.
+    Without `bin_weights` PSNR and MSE alone, which is quick; with them (float32 [313], rarity of the bins, for the
+    rebalanced AuC) every metric. `stop.requested` is agreed upon before every batch; raises Interrupted on all ranks
+    when any was asked to stop.
     """
     backend = TorchBackend(world.device)
-    sums: dict[str, Tensor] = {}
-    count = torch.zeros((), dtype=torch.int64)
-    shown: list[tuple[int, dict[str, Picture]]] = []
-    for batch in batches:
-        if stop is not None and world.agree(stop.requested):
-            raise Interrupted("during evaluation")
-        stages, truth = colourize(network, batch, preset, backend)
-        real = batch.weight.cpu() > 0
-        for name, picture in stages.items():
-            row = torch.stack([metric(picture, truth)[real].sum() for metric in METRICS.values()])
-            sums[name] = sums.get(name, 0) + row
-        count += real.sum()
-        for i in real.nonzero().flatten().tolist():
-            row = int(batch.sample[i])
-            if row < pictures:
-                shown.append((row, {name: picture[i].numpy() for name, picture in (stages | {TRUTH: truth}).items()}))
-    totals = world.sum_(torch.stack(list(sums.values())).to(world.device)).cpu()
-    count = world.sum_(count.to(world.device)).cpu()
-    # [stage, metric] / count
-    means = (totals / count).tolist()
-    scores = {name: dict(zip(METRICS, row, strict=True)) for name, row in zip(sums, means, strict=True)}
-    gathered = sorted(
-        (entry for entries in world.gather_objects(shown) for entry in entries), key=lambda entry: entry[0]
-    )
-    return Evaluation(scores, int(count), [images for _, images in gathered] if world.is_leader else [])
-
-
-def colourize(
-    network: Network, batch: Batch, preset: Preset, backend: TorchBackend
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Pictures of every stage, name -> uint8 [B, H, W, 3] on the CPU, and the true ones."""
-    assert network.head.bias is not None
-    features = network.features(batch.L)
-    # [313, 64, 1, 1] -> [313, 64]
-    stages, _ = decode_and_run(preset, backend, features, network.head.weight.flatten(1), network.head.bias)
-    # in a preset without stages, raw is also final
-    named = {GRAY: torch.zeros_like(stages[0][1]), RAW: stages[0][1], **dict(stages[1:-1]), FINAL: stages[-1][1]}
-    size = (batch.L.shape[-2], batch.L.shape[-1])
-
-    def compose(ab: Tensor) -> Tensor:
-        pictures = [backend.compose(L[0], one, size, 0, 8) for L, one in zip(batch.L, ab, strict=True)]
-        return torch.stack(pictures).cpu()
-
-    return {name: compose(ab) for name, ab in named.items()}, compose(batch.ab)
+    gamut = Gamut().to(world.device)
+    mine: list[Scored] = []
+    with ThreadPoolExecutor(max(1, world.threads)) as pool:
+        for batch in batches:
+            if stop is not None and world.agree(stop.requested):
+                raise Interrupted("during evaluation")
+            real = [i for i, weight in enumerate(batch.weight.tolist()) if weight > 0]
+            if real:
+                chosen = Batch(batch.L[real], batch.ab[real], batch.weight[real], batch.sample[real])
+                mine += score(network, chosen, preset, backend, gamut, pictures, bin_weights, pool)
+    everyone = world.gather_objects(mine)
+    photographs = sorted((one for theirs in everyone for one in theirs), key=lambda one: one.sample)
+    if not photographs:
+        raise UserError("none of the validation photographs could be read; see data.val_root", shared=True)
+    return Evaluation(photographs)
 
 
 def protocol(data: DataConfig, preset: str) -> dict[str, Any]:
     """What the scores were computed on, in words: two tables compare only where this is the same."""
     source = "the training photographs" if data.val_root == data.root else "photographs that were not trained on"
+    if data.val_root is None and not data.val_fraction:
+        source = "the training photographs"
     return {
         "data": data.val_root or data.root,
         "photographs_are": source,
         "size": data.crop,
-        "preparation": f"short side resized to {data.crop} pixels, centre square cut out",
+        "preparation": f"largest centre square, resized to {data.crop} x {data.crop} pixels",
         "preset": preset,
-        "psnr": "dB over 8-bit sRGB, mean of the photographs' values",
-        "mse": "8-bit sRGB levels squared, mean of the photographs' values",
+        "mean": "over the photographs' values; intervals: 95 % bootstrap over photographs, "
+        f"{intervals.RESAMPLES} resamples",
     }
 
 
 def write_evaluation(run: Path, evaluation: Evaluation, protocol: Mapping[str, Any]) -> None:
     """Writes `evaluation.json` and `panels/final.png` into the run folder."""
-    result = {"protocol": dict(protocol) | {"photographs": evaluation.count}, "scores": evaluation.scores}
+    names = [*evaluation.scores[RAW], *evaluation.classifier]
+    result = {
+        "protocol": dict(protocol)
+        | {"photographs": evaluation.count}
+        | {name: METRICS[name].meaning for name in names},
+        "scores": evaluation.scores,
+        "intervals": evaluation.intervals,
+    }
+    if evaluation.classifier:
+        result["classifier"] = {name: facts[0] for name, facts in evaluation.classifier.items()}
+        result["classifier_intervals"] = {name: facts[1:] for name, facts in evaluation.classifier.items()}
     write_atomically(run / "evaluation.json", json.dumps(result, indent=2).encode() + b"\n")
     if evaluation.pictures:
         save_picture(run / "panels" / "final.png", evaluation.panel())
