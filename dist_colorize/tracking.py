@@ -33,7 +33,7 @@ from dist_colorize.errors import Interrupted, UserError
 
 State = Literal["running", "finished", "interrupted", "failed"]
 
-STATUS_SECONDS = 10.0
+STATUS_SECONDS = 2.0
 """How often status.json is renewed, so that a run that was killed can be told from one that works."""
 
 
@@ -95,6 +95,8 @@ class Run:
         self._step: int | None = None
         self._status_at = -math.inf
         self._complained = False
+        self._last_sign = _last_sign_of_life(path) if writes else 0.0
+        self._still_since: float | None = None
         self._guard(self._status, "running")
 
     @property
@@ -112,7 +114,18 @@ class Run:
         if self._metrics is not None:
             raise RuntimeError("resume comes before the first log")
         self._resumed_at = step
+        self._still_since = self._last_sign if step and self.writes else None
         self._guard(_drop_after, self.path / "metrics.jsonl", step)
+
+    def alive(self, step: int) -> None:
+        """A step is done: renew status.json now and then; after a resume, say how long the run stood still."""
+        if self._still_since is not None:
+            seconds = time.time() - self._still_since
+            print(f"back at work: step {step} done {seconds:.1f} s after the last sign of life", flush=True)
+            self._still_since = None
+        self._step = step
+        if self.writes and time.monotonic() - self._status_at >= STATUS_SECONDS:
+            self._guard(self._status, "running")
 
     def log(self, step: int, **values: float) -> None:
         """Append one line to metrics.jsonl and one point per value to TensorBoard.
@@ -323,6 +336,12 @@ def _write_config(path: Path, recipe_yaml: str) -> None:
         number = next(n for n in range(1, sys.maxsize) if not (path / f"config.{n}.yaml").exists())
         shutil.copy2(current, path / f"config.{number}.yaml")
     _replace(current, recipe_yaml)
+
+
+def _last_sign_of_life(path: Path) -> float:
+    """When the run in this folder last wrote, in seconds since the epoch; 0 for a new one."""
+    files = [path / "status.json", path / "metrics.jsonl", path / "checkpoints" / "latest"]
+    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -116,6 +116,7 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
                     batch = next(batches)
                 loss = optimisation.step(step, batch.L, batch.ab)
                 step += 1
+                run.alive(step)
                 meter.count(settings.global_batch)
                 progress.update(settings.global_batch, loss=loss)
                 if step % settings.log_every == 0 or step in (1, settings.steps):
