@@ -3,6 +3,10 @@
     save(folder, step, {"model": model.state_dict(), ...}, keep=3)
     found = newest(folder)        # (state, path, what was skipped and why), None where there is none yet
 
+    with Writer(folder, keep=3) as writer:
+        writer.save(step, state)  # copies the state and returns; a thread writes
+
+
 A checkpoint gets its name only when every byte of it is on the disk and has been read back. It ends with a digest of
 itself, so damage is noticed on loading. It holds tensors and plain values only and is loaded with `weights_only=True`:
 a file from a stranger cannot run code.
@@ -11,20 +15,27 @@ a file from a stranger cannot run code.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
 import shutil
+import sys
+import threading
+import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
 from dist_colorize.errors import UserError
+from dist_colorize.files import TEMPORARY, link_atomically, replacing
+
+LATEST, BEST = "latest", "best"
+"""Symbolic links beside the checkpoints: to the newest one, and to the one that validated best."""
 
 FORMAT = 1
 """Version of the layout, under the key `format` of every checkpoint."""
@@ -43,7 +54,7 @@ class CheckpointConfig:
     every: int = 1000
     """Optimizer steps from one checkpoint to the next; the last step is always saved."""
     keep: int = 3
-    """Checkpoints that stay in the run folder, the newest ones."""
+    """Checkpoints that stay in the run folder: the newest ones. The one that validated best stays as well."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -60,37 +71,111 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 3) -> Pa
     """Write `folder/step-XXXXXXXX.pt` and point `folder/latest` at it; returns its path.
 
     `state` may hold tensors on any device, numbers, strings, bytes, None, and dicts, lists and tuples of them; the keys
-    `format` and `step` are added. Of the checkpoints up to this step the newest `keep` stay. Later ones are left alone:
-    they are damaged (or this run would have gone on from them) and will be overwritten when their step comes.
+    `format` and `step` are added. Of the checkpoints up to this step the newest `keep` stay, and the one that `best`
+    points at. Later ones are left alone: they are damaged (or this run would have gone on from them) and will be
+    overwritten when their step comes.
 
     Raises SaveError when the disk is full or the folder cannot be written, TypeError for a value that could not be
     loaded again.
     """
-    whole = {**_portable(dict(state), "state"), "format": FORMAT, "step": step}
+    path = _save(folder, step, _portable(dict(state), "state"))
+    _prune(folder, step, keep)
+    return path
+
+
+class Writer:
+    """Saves one run's checkpoints in the background, at most one at a time.
+
+    `save` copies the state and returns; a thread writes it. A save that fails says so on stderr and is over: older
+    checkpoints are as they were, training goes on, and the next `save` tries again.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self.failure: SaveError | None = None
+        """Why the last save failed; None where it did not."""
+        self.saved: int | None = None
+        """Step of the last save that did not fail, so far."""
+        self.stall = 0.0
+        """Seconds for which `save` has held its callers up since `read_stall` was called."""
+        self._thread: threading.Thread | None = None
+
+    def save(self, step: int, state: Mapping[str, Any], best: bool = False) -> None:
+        """Copies the state; a thread then does what the function `save` does, and makes it the best one if it is.
+
+        Waits for the save before it, if that is still being written: there is never more than one copy in memory.
+        Raises TypeError for a value that could not be loaded again.
+        """
+        start = time.monotonic()
+        self.wait()
+        copied = _portable(dict(state), "state")
+        # No daemon: a process that ends waits for what it has promised to write.
+        self._thread = threading.Thread(target=self._write, args=(step, copied, best), name="checkpoint")
+        self._thread.start()
+        self.stall += time.monotonic() - start
+
+    def wait(self) -> SaveError | None:
+        """Returns when the last save is on the disk, or with the reason why it is not."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self.failure
+
+    def read_stall(self) -> float:
+        """Seconds for which `save` held its callers up since this was last asked."""
+        stall, self.stall = self.stall, 0.0
+        return stall
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.wait()
+
+    def _write(self, step: int, state: dict[str, Any], best: bool) -> None:
+        try:
+            path = _save(self.folder, step, state)
+            self.failure, self.saved = None, step
+            if best:
+                link_atomically(self.folder / BEST, path.name)
+            _prune(self.folder, step, self.keep)
+        except SaveError as error:
+            self.failure = error
+        except OSError as error:
+            self.failure = SaveError(_why_not_saved(self.folder / BEST, error))
+        except Exception as error:  # this thread must not die unheard
+            self.failure = SaveError(f"cannot save step {step}: {type(error).__name__}: {error}")
+        if self.failure is not None:
+            print(f"WARNING: {self.failure}; trying again at the next checkpoint", file=sys.stderr, flush=True)
+
+
+def _save(folder: Path, step: int, portable: dict[str, Any]) -> Path:
     path = folder / f"step-{step:08d}.pt"
-    temporary = folder / f".{path.name}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in (*folder.glob(".step-*.tmp"), folder / ".latest.tmp"):
+        for stale in folder.glob(TEMPORARY):
             stale.unlink(missing_ok=True)
-        try:
-            _write(temporary, whole)
+        with replacing(path) as temporary:
+            _write(temporary, {**portable, "format": FORMAT, "step": step})
             _check(temporary)
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(folder)
-        _point_latest(folder, path.name)
+        link_atomically(folder / LATEST, path.name)  # for people and scripts; `newest` does not rely on it
     except OSError as error:
         raise SaveError(_why_not_saved(path, error)) from error
     except _Damaged as error:
         raise SaveError(f"{path} did not read back as it was written ({error}); check this disk") from error
-    for _, old in [entry for entry in _entries(folder) if entry[0] <= step][keep:]:
-        with contextlib.suppress(OSError):  # what cannot be removed costs space, not work
-            old.unlink()
     return path
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    best = None
+    with contextlib.suppress(OSError):  # no best one yet
+        best = (folder / BEST).readlink().name
+    for _, old in [entry for entry in _entries(folder) if entry[0] <= step][keep:]:
+        if old.name != best:
+            with contextlib.suppress(OSError):  # what cannot be removed costs space, not work
+                old.unlink()
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -157,9 +242,8 @@ def load_module(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], so
 def _portable(value: Any, key: str) -> Any:
     """A copy of `value` on the CPU, of exactly the types that a `weights_only` load accepts."""
     if isinstance(value, torch.Tensor):
-        tensor = value.detach().cpu()
-        # A view would drag the whole storage below it into the file.
-        return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        # clone: a view would drag the whole storage below it into the file
+        return value.detach().clone() if value.device.type == "cpu" else value.detach().cpu()
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
     if isinstance(value, Mapping):
@@ -202,7 +286,7 @@ class _Sink:
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
-    with open(path, "xb") as file:
+    with open(path, "wb") as file:
         sink = _Sink(file)
         torch.save(state, sink)  # type: ignore[arg-type]
         if sink.error is not None:
@@ -212,8 +296,6 @@ def _write(path: Path, state: dict[str, Any]) -> None:
         # An archive without a comment ends with the comment's length, two zero bytes.
         file.seek(-2, os.SEEK_END)
         file.write(_COMMENT_BYTES.to_bytes(2, "little") + _MARK + sink.digest.hexdigest().encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _check(path: Path) -> None:
@@ -233,31 +315,6 @@ def _check(path: Path) -> None:
         raise _Damaged("its end is missing" if not zipfile.is_zipfile(path) else "it has no digest, others wrote it")
     if end[-_DIGEST_BYTES * 2 :] != digest.hexdigest().encode():
         raise _Damaged("its content does not have the digest that it was saved with")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _point_latest(folder: Path, name: str) -> None:
-    """Move the symbolic link `latest`. It is for people and scripts; `newest` does not rely on it."""
-    temporary = folder / ".latest.tmp"
-    try:
-        temporary.symlink_to(name)
-    except OSError as error:
-        if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):  # a file system without symbolic links
-            return
-        raise
-    temporary.replace(folder / "latest")
-    _sync_folder(folder)
 
 
 def _entries(folder: Path) -> list[tuple[int, Path]]:

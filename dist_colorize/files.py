@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+TEMPORARY = ".*.tmp"
+"""Pattern of the temporary names. One that a kill has left behind can be removed when nobody writes in its folder."""
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name in the same folder; it becomes `path` when the block ends well, else it is removed."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yields a temporary name in the same folder; it becomes `path` when the block ends well, else it is removed.
+
+    `durable`: the new content survives a power loss from here on, for the price of waiting for the disk.
+    """
+    # A name of its own, and a short one: what is based on `path.name` could be too long for the file system.
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # the kernel takes the umask off
     try:
         yield temporary
-        # mkstemp makes files private; the result gets what the user's umask allows
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        sync(temporary)
+        if durable:
+            sync(temporary)
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces the content of `path`, whole or not at all; it survives a power loss from here on."""
-    with replacing(path) as temporary:
+def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Replaces the content of `path`, whole or not at all."""
+    with replacing(path, durable=durable) as temporary:
         temporary.write_bytes(content)
+
+
+def link_atomically(path: Path, target: str) -> None:
+    """Makes `path` a symbolic link to `target`, in one step; does nothing where the file system has no links."""
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        temporary.symlink_to(target)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            return
+        raise
+    try:
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:
@@ -41,5 +64,8 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync folders
+            raise
     finally:
         os.close(descriptor)
