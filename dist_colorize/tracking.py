@@ -26,12 +26,19 @@ from types import TracebackType
 from typing import IO, Any, Literal, Self
 
 import numpy as np
+import yaml
 from tqdm import tqdm
 
 from dist_colorize.distributed import World
 from dist_colorize.errors import Interrupted, UserError
 
 State = Literal["running", "finished", "interrupted", "failed"]
+
+LAYOUT = {
+    "training": {"loss": ["Multiline", ["^loss$"]], "images/s": ["Multiline", ["^images_per_second$"]]},
+    "validation": {"PSNR of each stage": ["Multiline", ["^psnr/"]], "MSE of each stage": ["Multiline", ["^mse/"]]},
+}
+"""TensorBoard's tab CUSTOM SCALARS: one chart for all stages."""
 
 STATUS_SECONDS = 2.0
 """How often status.json is renewed, so that a run that was killed can be told from one that works."""
@@ -93,6 +100,8 @@ class Run:
         self._board: Any = None
         self._resumed_at: int | None = None
         self._step: int | None = None
+        self._validated: set[int] = set()
+        self._scores: Mapping[str, Mapping[str, float]] = {}
         self._status_at = -math.inf
         self._complained = False
         self._last_sign = _last_sign_of_life(path) if writes else 0.0
@@ -116,6 +125,8 @@ class Run:
         self._resumed_at = step
         self._still_since = self._last_sign if step and self.writes else None
         self._guard(_drop_after, self.path / "metrics.jsonl", step)
+        self._guard(_drop_after, self.path / "validation.jsonl", step)
+        self._guard(self._remember_validations)
 
     def alive(self, step: int) -> None:
         """A step is done: renew status.json now and then; after a resume, say how long the run stood still."""
@@ -136,12 +147,18 @@ class Run:
             self._guard(self._log, step, values)
 
     def validation(self, step: int, scores: Mapping[str, Mapping[str, float]], panel: np.ndarray | None) -> None:
-        """Show scores, stage -> metric -> value, and a picture, uint8 [H, W, 3], in TensorBoard."""
+        """Keep scores, stage -> metric -> value, in validation.jsonl; show them and a picture in TensorBoard.
+
+        picture: uint8 [H, W, 3]. A run resumed where it had validated does it again: that step keeps its one point.
+        """
         if self.writes:
+            self._scores = scores
             self._guard(self._validation, step, scores, panel)
 
     def close(self, state: State = "finished") -> None:
         """Write everything out and say in status.json how the run ended."""
+        if state == "finished" and self._scores:
+            self._guard(self._summary)
         self._guard(self._close)
         self._guard(self._status, state)
 
@@ -178,6 +195,7 @@ class Run:
                 purge_step=None if self._resumed_at is None else self._resumed_at + 1,
                 flush_secs=10,
             )
+            self._board.add_custom_scalars(LAYOUT)
         return self._board
 
     def _log(self, step: int, values: dict[str, float]) -> None:
@@ -193,13 +211,36 @@ class Run:
         if time.monotonic() - self._status_at >= STATUS_SECONDS:
             self._status("running")
 
+    def _remember_validations(self) -> None:
+        path = self.path / "validation.jsonl"
+        if path.exists():
+            self._validated = {json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()}
+
     def _validation(self, step: int, scores: Mapping[str, Mapping[str, float]], panel: np.ndarray | None) -> None:
+        if step in self._validated:
+            return
+        self._validated.add(step)
+        with open(self.path / "validation.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "scores": scores}) + "\n")
         for stage, row in scores.items():
             for metric, value in row.items():
                 # metric first: TensorBoard groups by what stands before the slash
                 self._open().add_scalar(f"{metric}/{stage}", value, step)
         if panel is not None:
             self._open().add_image("panel", panel, step, dataformats="HWC")
+
+    def _summary(self) -> None:
+        """Settings and final scores for TensorBoard's table of runs (its tab HPARAMS)."""
+        from torch.utils.tensorboard.summary import hparams
+
+        recipe = flatten(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")) or {})
+        settings = {name: v if isinstance(v, (bool, int, float)) else str(v) for name, v in recipe.items()}
+        scores = {f"{metric}/{stage}": value for stage, row in self._scores.items() for metric, value in row.items()}
+        # not SummaryWriter.add_hparams: that makes a second folder, which shows up as another run
+        for part in hparams(
+            {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in settings.items()}, scores
+        ):
+            self._open()._get_file_writer().add_summary(part)
 
     def _close(self) -> None:
         if self._metrics is not None:
@@ -317,6 +358,14 @@ class Meter:
         values = {"images_per_second": self._images / elapsed, "data_wait": self._waited / elapsed}
         self.restart()
         return values
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key: {"train": {"lr": 1}} -> {"train.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _new_folder(path: Path) -> Path:
