@@ -38,7 +38,7 @@ METRICS = {
     "ssim": Metric("SSIM", 1, "Wang et al. 2004 on 8-bit sRGB: Gaussian window, sigma 1.5; mean of the channels"),
     "ciede2000": Metric("CIEDE2000", -1, "mean colour difference of the 8-bit pictures, kL = kC = kH = 1"),
     "colourfulness": Metric("colourfulness", 0, "M3 of Hasler and Suesstrunk 2003 on 8-bit sRGB: sigma + 0.3 mu"),
-    "colourfulness_difference": Metric("  minus truth's", 0, "colourfulness minus that of the photograph"),
+    "colourfulness_difference": Metric("colourf. - truth's", 0, "colourfulness minus that of the photograph"),
     "auc": Metric("AuC (%)", 1, "Zhang et al. 2016: area under share of pixels with ab error <= t, t = 0..150"),
     "auc_rebalanced": Metric(
         "AuC rebalanced (%)", 1, "the same, pixels weighted by the rarity of their true bin in these photographs"
