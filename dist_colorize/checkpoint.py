@@ -31,7 +31,7 @@ from typing import Any, Self
 
 import torch
 
-from dist_colorize.errors import UserError
+from dist_colorize.errors import RunFailed, UserError
 from dist_colorize.files import TEMPORARY, link_atomically, replacing
 
 LATEST, BEST = "latest", "best"
@@ -63,7 +63,7 @@ class CheckpointConfig:
             raise ValueError(f"keep must be at least 1 checkpoint, got {self.keep}")
 
 
-class SaveError(UserError):
+class SaveError(RunFailed):
     """A checkpoint could not be written; those written before it are as they were."""
 
 

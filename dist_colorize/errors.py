@@ -28,11 +28,20 @@ class UserError(Exception):
     """An error that its reader can put right; the message names the file or field and the remedy.
 
     `shared` says that every rank raises this same error at the same moment, so that one line per node is enough.
+    `code` is the exit code that the command leaves with.
     """
+
+    code = USAGE
 
     def __init__(self, message: str, *, shared: bool = False) -> None:
         super().__init__(message)
         self.shared = shared
+
+
+class RunFailed(UserError):
+    """What was asked for is sound, but the machine or the numbers failed: told as plainly, with another exit code."""
+
+    code = FAILURE
 
 
 class Interrupted(Exception):
@@ -42,15 +51,15 @@ class Interrupted(Exception):
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main()` and leave with its exit code (None is OK); errors of the user are printed without a traceback.
 
-    UserError leaves with 2, Interrupted and Ctrl-C with 75, a closed output pipe quietly; any other exception keeps its
-    traceback and leaves with 1.
+    UserError leaves with 2, RunFailed with 1, Interrupted and Ctrl-C with 75, a closed output pipe quietly; any other
+    exception keeps its traceback and leaves with 1.
     """
     try:
         code = main() or OK
         sys.stdout.flush()
     except UserError as error:
         _report(error)
-        code = USAGE
+        code = error.code
     except (Interrupted, KeyboardInterrupt) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr, flush=True)

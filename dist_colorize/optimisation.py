@@ -4,6 +4,9 @@ The loss is sum(w * nll) / sum(w), both sums over every pixel of the global batc
 gradients over ranks, and the sum of weights is known only when the last rank has seen its last pixel. So each rank
 back-propagates its *sum*, divided by the number of pixels of the global batch (the weights have mean 1, so this is the
 right magnitude for half precision); what remains, pixels / sum(w), is one exact factor for all gradients.
+
+A step whose loss or gradient is not finite changes nothing. Both are global sums by then, so all ranks see the same and
+skip alike; the decision stays on the device, in the optimizer's own kernel, and no rank waits for it.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ class TrainConfig:
     """Largest L2 norm of the gradient; larger ones are scaled down to it. null: no clipping."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast dtype. auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    max_skipped: int = 25
+    """Steps in a row that may be skipped for a non-finite loss or gradient; one more and the run stops."""
     ema: float | None = None
     """Decay per step of a moving average of the weights, which evaluation then uses; 0.999 is usual. null: none."""
     seed: int = 0
@@ -55,7 +60,7 @@ class TrainConfig:
     """Steps between validations; 0: only at the end."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "log_every"):
+        for name in ("steps", "global_batch", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup", "validate_every", "seed"):
@@ -105,6 +110,8 @@ class Optimisation:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.adam = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == "fp16")
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=world.device)
+        """Steps skipped for a non-finite loss or gradient: in all, and in a row up to now. Reading it waits for the GPU."""
         self.average = None
         if config.ema is not None:
             self.average = AveragedModel(module.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -136,22 +143,29 @@ class Optimisation:
             sums += torch.stack([loss.detach(), weight]).double()
         loss_sum, weight_sum = self.world.sum_(sums)
         self.scaler.unscale_(self.adam)
-        self._scale_gradients(pixels / weight_sum)
-        self.scaler.step(self.adam)
+        norm = self._scale_gradients(pixels / weight_sum)
+        bad = ~(torch.isfinite(loss_sum / weight_sum) & torch.isfinite(norm))
+        self.skipped += bad
+        self.skipped[1] *= bad
+        # The fused kernel leaves weights and moments alone where this is 1: GradScaler.step works in the same way. It
+        # is not used, as it would not look at the loss, nor at anything in fp32 and bf16.
+        self.adam.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.adam.step()
         self.scaler.update()
         self.adam.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.module.network)
         return loss_sum / weight_sum
 
-    def _scale_gradients(self, factor: Tensor) -> None:
-        """Multiplies all gradients by the factor, then by what clipping asks for: one pass."""
+    def _scale_gradients(self, factor: Tensor) -> Tensor:
+        """Multiplies all gradients by the factor, then by what clipping asks for; returns the norm before clipping."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         factor = factor.to(gradients[0].dtype)
+        norm = nn.utils.get_total_norm(gradients) * factor
         if self.config.clip is not None:
-            norm = nn.utils.get_total_norm(gradients) * factor
             factor = factor * (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, factor)
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the optimisation; the network is saved beside it, under `model`."""
@@ -161,6 +175,7 @@ class Optimisation:
             "ema": None if self.average is None else self.average.module.state_dict(),
             "optimizer": self.adam.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -171,5 +186,6 @@ class Optimisation:
             self.average.module.load_state_dict(state["ema"] or state["model"])
             self.average.n_averaged.fill_(1)
         self.adam.load_state_dict(state["optimizer"])
+        self.skipped.copy_(state["skipped"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
