@@ -146,7 +146,9 @@ def test_four_cells_are_loaded_and_stored_at_once():
 
 def test_integer_divisions():
     """None, but for one a thread where pixels or cells are numbered through; a loop would show in the file's header."""
-    allowed = {"compose8": 1, "compose16": 1} | {f"decode_rows_{kind}": 1 for kind in ("float32", "float16", "bfloat16")}
+    allowed = {"compose8": 1, "compose16": 1} | {
+        f"decode_rows_{kind}": 1 for kind in ("float32", "float16", "bfloat16")
+    }
     for name, report in all_reports().items():
         assert len(re.findall(r"\bdiv\.[us](32|64)", report.ptx)) == allowed.get(name, 0), name
         assert not re.findall(r"\brem\.[us](32|64)", report.ptx), name

@@ -190,6 +190,20 @@ def standin() -> types.ModuleType:
 
 
 @contextmanager
+def _module(name: str, module: types.ModuleType) -> Iterator[None]:
+    """Puts a module in the place of another. (mock.patch.dict would forget every module imported meanwhile.)"""
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+
+
+@contextmanager
 def emulated_gpu(
     flavour: Flavour = "plain",
     descending: bool = False,
@@ -208,7 +222,7 @@ def emulated_gpu(
     properties = types.SimpleNamespace(L2_cache_size=l2_bytes)
     kernels._function.cache_clear()
     with (
-        mock.patch.dict(sys.modules, {"cupy": standin()}),
+        _module("cupy", standin()),
         mock.patch.object(torch.cuda, "current_stream", return_value="torch's stream"),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
         mock.patch.object(kernels, "open_device", return_value=torch.device("cpu")),

@@ -1,0 +1,159 @@
+"""Does the GPU compute what the CPU computes, and how near to its memory's speed? Used by `doctor --gpu` and the tests.
+
+`agreements` runs every primitive of stages.Backend on a GPU backend and on the CPU and compares; `speeds` times each against
+a plain copy on the same device. Both make their own data, so that no checkpoint and no photograph is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_colorize.color.gamut import BINS
+from dist_colorize.postprocess.cpu import TorchBackend
+from dist_colorize.postprocess.stages import Backend
+
+CHANNELS = 64
+"""Features of a cell, as the network has."""
+REPEATS = 20
+"""Timed launches of each primitive."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a primitive on the GPU is from the CPU's."""
+
+    name: str
+    worst: float
+    """Largest difference: ab units, or levels of 255 for compose."""
+    share: float
+    """Share of the values that are further off than `tolerance`."""
+    tolerance: float
+    most: float
+    """Share that may be: a value at a threshold can fall on either side of it."""
+
+    @property
+    def ok(self) -> bool:
+        return self.share <= self.most
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a primitive moves in a second, against a copy on the same device."""
+
+    name: str
+    seconds: float
+    """For one call, at the size that was timed."""
+    bytes: int
+    """The least that any kernel would have to move for it: inputs once, results once."""
+    share_of_copy: float
+    """Its bytes in a second over those of the copy (read and write both counted)."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Made-up inputs of every primitive, on one device."""
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor
+    ab: Tensor
+    confidence: Tensor
+    lightness: Tensor
+
+    def to(self, device: torch.device) -> Scene:
+        return Scene(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def scene(height: int, width: int, scale: int = 4, seed: int = 0) -> Scene:
+    """A grid of height x width cells and a picture `scale` times as large and one pixel larger, on the CPU."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    return Scene(
+        features=normal(1, CHANNELS, height, width),
+        weight=0.4 * normal(BINS, CHANNELS),
+        bias=normal(BINS),
+        ab=35 * normal(1, 2, height, width),
+        confidence=torch.rand(1, height, width, generator=random),
+        lightness=100 * torch.rand(scale * height + 1, scale * width + 1, generator=random),
+    )
+
+
+def primitives(backend: Backend, data: Scene) -> dict[str, Callable[[], Tensor]]:
+    """Every primitive with typical settings, ready to be called."""
+    ab, confidence, picture = data.ab, data.confidence, data.lightness
+    size = (picture.shape[0], picture.shape[1])
+    rows = data.features.to(memory_format=torch.channels_last)
+
+    def decode(features: Tensor) -> Tensor:
+        return torch.cat([backend.decode(features, data.weight, data.bias, 0.38)[0].flatten(), confidence.flatten()])
+
+    return {
+        "decode": lambda: decode(data.features),
+        "decode, channels last": lambda: decode(rows),
+        "decode, fp16": lambda: decode(data.features.half()),
+        "decode, bf16": lambda: decode(data.features.bfloat16()),
+        "blend": lambda: backend.blend(ab, confidence, 2.5, 0.1, 0.4),
+        "blur": lambda: backend.blend(ab, confidence, 3.0, 2.0, 2.0),
+        "scale chroma": lambda: backend.scale_chroma(ab, confidence, 30.0, 0.3, 0.0, 360.0, 0.3),
+        "scale chroma, red": lambda: backend.scale_chroma(ab, confidence, 25.0, 0.3, 40.0, 60.0, 0.3),
+        "repair": lambda: backend.repair(ab, confidence, 20.0, 0.4, 2, 3, 8, 3.0),
+        "compose": lambda: backend.compose(picture, ab[0], size, 0, 8),
+    }
+
+
+def agreements(backend: Backend, height: int = 61, width: int = 93) -> Iterator[Agreement]:
+    """Compares every primitive with the CPU's; odd sizes, so that borders and remainders take part."""
+    reference, data = TorchBackend(), scene(height, width)
+    with torch.inference_mode():
+        expected = primitives(reference, data)
+        for name, call in primitives(backend, data.to(backend.device)).items():
+            # 1 level and 0.1 % are what whole pictures are held to
+            tolerance, most = (1.0, 0.001) if name == "compose" else (2e-3, 0.001 if "chroma" in name else 0.0)
+            found = call().to("cpu", torch.float64)
+            difference = (found - expected[name]().double()).abs()
+            # NaN is no agreement
+            off = ~(difference <= tolerance)
+            yield Agreement(name, float(difference.max()), float(off.double().mean()), tolerance, most)
+
+
+def speeds(backend: Backend, cells: int = 1024) -> Iterator[Speed]:
+    """Times every primitive on a cells x cells grid and a picture of 4 x 4 times as many pixels. Needs a real GPU."""
+    data = scene(cells, cells).to(backend.device)
+    grid, pixels = cells * cells, data.lightness.numel()
+    least = {
+        "decode": grid * (4 * CHANNELS + 12),
+        "decode, channels last": grid * (4 * CHANNELS + 12),
+        "blend": grid * 20,
+        "blur": grid * 20,
+        "scale chroma": grid * 20,
+        "repair": grid * 20,
+        "compose": pixels * 7,
+    }
+    with torch.inference_mode():
+        source = torch.zeros(2**28, dtype=torch.uint8, device=backend.device)
+        target = torch.empty_like(source)
+        copied = 2 * source.numel() / _seconds(lambda: target.copy_(source))
+        del source, target
+        calls = primitives(backend, data)
+        for name, count in least.items():
+            seconds = _seconds(calls[name])
+            yield Speed(name, seconds, count, count / seconds / copied)
+
+
+def _seconds(call: Callable[[], Tensor]) -> float:
+    """Mean time of a call on the GPU, after a first one that compiles and fills the caches."""
+    call()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(REPEATS):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000 / REPEATS
