@@ -244,7 +244,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             group.add_argument(flag, dest="slurm_setup", action="append", metavar="LINE", help=meaning)
         else:
             group.add_argument(flag, dest=f"slurm_{field.name}", metavar="X", help=meaning)
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)  # overrides and options in any order
     if options.job == "train" and command:
         options.overrides += command
     for field in dataclasses.fields(SlurmConfig):

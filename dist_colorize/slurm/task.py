@@ -93,11 +93,9 @@ def rendezvous(environment: Mapping[str, str], interface: str | None = None) -> 
 
 def hostnames(nodelist: str) -> list[str]:
     """The names in SLURM's short form of a list, "node[1-3,7]"."""
-    from submitit.slurm.slurm import SlurmJobEnvironment
+    from submitit.slurm.slurm import _parse_node_list
 
-    environment = SlurmJobEnvironment()
-    assert os.environ.get("SLURM_JOB_NODELIST", nodelist) == nodelist
-    names: list[str] = environment.hostnames
+    names: list[str] = _parse_node_list(nodelist)
     return names
 
 

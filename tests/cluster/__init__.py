@@ -31,12 +31,12 @@ from cluster.configuration import write_configuration
 INSTALL = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge iproute2"
 NAMESPACES = Path(__file__).with_name("namespaces.py")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "ip", "unshare", "nsenter")
-os.environ["PATH"] += ":/usr/sbin:/sbin"  # where Debian keeps the daemons
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # Debian keeps the daemons where users do not look
 
 
 def missing() -> str | None:
     """Why no cluster can be started here, with the remedy; None where it can."""
-    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    absent = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if absent:
         return f"no {', '.join(absent)} here: {INSTALL}"
     probe = subprocess.run(["unshare", *_user(), "--net", "true"], capture_output=True, text=True, check=False)
@@ -86,7 +86,7 @@ class Cluster:
     def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
         """The environment of a user's shell on the cluster."""
         ours = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN", "SUBMITIT"))}
-        return {**ours, "SLURM_CONF": str(self.folder / "etc" / "slurm.conf"), **(more or {})}
+        return {**ours, "PATH": PATH, "SLURM_CONF": str(self.folder / "etc" / "slurm.conf"), **(more or {})}
 
     def run(
         self,

@@ -1,0 +1,400 @@
+"""launch/slurm.py on a real SLURM cluster: however a job is cut off, it ends in the weights it should have."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from cluster import Cluster, missing, wait_for
+from conftest import CHECKOUT, run_torchrun
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+TINY = [
+    "model.width=0.0625",
+    "data.crop=32",
+    "data.threads=1",
+    "train.global_batch=4",
+    "train.warmup=2",
+    "train.log_every=1",
+    "train.precision=fp32",
+    "train.validate_every=0",
+    "evaluate.pictures=0",
+    "checkpoint.every=1000",
+]
+CPUS = ["--gpus-per-node", "0", "--cpus-per-task", "1"]
+LONG = "train.steps=150"
+"""Long enough to be cut off in the middle, on a fast machine too."""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def weights(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`weights(ranks, *overrides)`: the run folder of a run that nothing disturbs, under torchrun on this host."""
+    done: dict[tuple[int, tuple[str, ...]], Path] = {}
+
+    def undisturbed(ranks: int, *overrides: str) -> Path:
+        if (ranks, overrides) not in done:
+            run = tmp_path_factory.mktemp("torchrun") / "run"
+            arguments = [*TINY, *overrides, f"run.dir={run}"]
+            finished = run_torchrun(ranks, "-m", "dist_colorize.train", *arguments, env=environment, timeout=300)
+            assert finished.returncode == 0, finished.stderr
+            done[ranks, overrides] = run
+        return done[ranks, overrides]
+
+    return undisturbed
+
+
+@dataclass
+class Job:
+    """A job that launch/slurm.py has submitted."""
+
+    cluster: Cluster
+    id: str
+    run: Path
+    said: str
+
+    def scontrol(self, field: str) -> str:
+        shown = self.cluster.run(["scontrol", "show", "job", "-o", self.id]).stdout
+        found = re.search(rf"\b{field}=(\S+)", shown)
+        return found[1] if found else ""
+
+    @property
+    def log(self) -> str:
+        """What rank 0 and the batch script printed, over all starts."""
+        found = re.search(r"^log: (.+_0_log\.out)", self.said, re.MULTILINE)
+        assert found
+        path = Path(found[1])
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    @property
+    def steps(self) -> int:
+        """Steps that metrics.jsonl has."""
+        file = self.run / "metrics.jsonl"
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def until_steps(self, count: int) -> None:
+        wait_for(lambda: self.steps >= count, 240, lambda: self.log)
+
+    def until(self, state: str, seconds: float = 240) -> None:
+        """Wait for one of the states, "A|B"."""
+        try:
+            wait_for(lambda: self.scontrol("JobState") in state.split("|"), seconds)
+        except AssertionError:
+            raise AssertionError(f"{self.scontrol('JobState')} is not {state}:\n{self.log}") from None
+
+    def cancel(self) -> None:
+        self.cluster.run(["scancel", self.id])
+        self.cluster.wait_until_idle()
+
+
+Submit = Callable[..., Job]
+
+
+@pytest.fixture
+def launch(
+    cluster: Cluster, environment: dict[str, str], tmp_path: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`launch(*arguments)`: launch/slurm.py on the login host."""
+
+    def start(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(CHECKOUT / "launch" / "slurm.py"), *arguments]
+        return cluster.run(command, env=environment, cwd=tmp_path, timeout=timeout)
+
+    return start
+
+
+@pytest.fixture
+def submit(
+    cluster: Cluster, launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> Iterator[Submit]:
+    """`submit(*arguments)`: a tiny training on CPUs; what still runs at the end of the test is cancelled."""
+    jobs: list[Job] = []
+
+    def start(*arguments: str) -> Job:
+        run = tmp_path / f"run{len(jobs)}"
+        done = launch(*CPUS, f"run.dir={run}", *TINY, *arguments)
+        assert done.returncode == 0, done.stderr
+        number = re.search(r"^job: (\d+)", done.stdout, re.MULTILINE)
+        assert number
+        jobs.append(Job(cluster, number[1], run, done.stdout))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        cluster.run(["scancel", job.id])
+    cluster.wait_until_idle(120)
+
+
+def same_weights(run: Path, other: Path) -> bool:
+    ours, theirs = (torch.load(r / "checkpoints" / "latest", weights_only=True) for r in (run, other))
+    return ours["step"] == theirs["step"] and all(torch.equal(v, theirs["model"][k]) for k, v in ours["model"].items())
+
+
+def assert_every_step_once(run: Path, steps: int) -> None:
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == list(
+        range(1, steps + 1)
+    )
+
+
+# ---------------------------------------------------------------- plain
+
+
+def test_four_nodes_train_as_torchrun_does_on_one_host(submit: Submit, weights: Callable[..., Path]) -> None:
+    job = submit("--nodes", "4", "--comment", "a comment", "train.steps=6")
+    job.until("COMPLETED")
+    assert same_weights(job.run, weights(4, "train.steps=6"))
+    assert job.scontrol("NumNodes") == "4" and job.scontrol("NumTasks") == "4" and job.scontrol("Comment") == "a"
+    # Every node takes its own name for 127.0.1.1 here: the interface was found by the route to the others.
+    assert "rank 0 of 4 on node1: CPU, meets at 127.0.0.1" in job.log and "by eth0" in job.log
+    assert job.log.rstrip().endswith("finished")
+    # The code and the settings that ran are a copy.
+    assert next(job.run.glob("slurm/*/code/dist_colorize/train.py")).exists()
+    assert (job.run / "config.yaml").read_text() == next(job.run.glob("slurm/*/recipe.yaml")).read_text()
+
+
+@pytest.mark.slow
+def test_four_nodes_with_two_tasks_each(submit: Submit, weights: Callable[..., Path]) -> None:
+    job = submit("--nodes", "4", "--tasks-per-node", "2", "train.steps=4", "train.global_batch=8")
+    job.until("COMPLETED", 480)
+    assert "rank 0 of 8" in job.log and job.scontrol("NumTasks") == "8"
+    assert same_weights(job.run, weights(8, "train.steps=4", "train.global_batch=8"))
+
+
+def test_gpu_nodes_get_a_task_for_each_gpu(
+    cluster: Cluster, launch: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """The default asks for all 8 GPUs of a node and a task for each; each task then takes one of them."""
+    shown = launch("--nodes", "4", "--dry-run", "train.global_batch=32")
+    assert shown.returncode == 0, shown.stderr
+    for line in ("--gpus-per-node=8", "--ntasks-per-node=8", "--nodes=4", "--cpus-per-task=2"):
+        assert f"#SBATCH {line}\n" in shown.stdout
+    task = (
+        "import os; from dist_colorize.slurm.task import rendezvous; r = rendezvous(os.environ);"
+        "print(os.uname().nodename, r['LOCAL_RANK'], r['CUDA_VISIBLE_DEVICES'], r['LOCAL_WORLD_SIZE'], r['WORLD_SIZE'])"
+    )
+    options = ["--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=2"]
+    told = cluster.run(["srun", *options, sys.executable, "-c", task], env={"PYTHONPATH": str(CHECKOUT)})
+    assert told.returncode == 0, told.stderr
+    expected = {f"node{node} {gpu} {gpu} 8 32" for node in range(1, 5) for gpu in range(8)}
+    assert set(told.stdout.split("\n")) - {""} == expected
+
+
+def test_a_rejected_submission_shows_the_words_of_sbatch(
+    launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    refused = launch(*CPUS, "--nodes", "40", f"run.dir={tmp_path / 'run'}")
+    assert refused.returncode == 2
+    assert "the cluster refused the job" in refused.stderr and "Node count specification invalid" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- cut off
+
+
+def test_a_warned_job_saves_comes_back_and_ends_in_the_same_weights(
+    submit: Submit, weights: Callable[..., Path]
+) -> None:
+    """What the time limit does, by hand: SLURM sends USR2 some time before it."""
+    job = submit("--nodes", "2", LONG)
+    job.until_steps(3)
+    job.cluster.run(["scancel", "--signal=USR2", job.id])
+    job.until("COMPLETED")
+    stopped = re.search(r"interrupted: after step (\d+) of 150", job.log)
+    assert stopped and 3 <= int(stopped[1]) < 150
+    assert f"step-{int(stopped[1]):08d}.pt, step {stopped[1]}" in job.log  # no step was lost
+    assert job.scontrol("Restarts") == "1"
+    assert re.search(r"back at work: step \d+ done [\d.]+ s after", job.log)
+    assert_every_step_once(job.run, 150)
+    assert same_weights(job.run, weights(2, LONG))
+
+
+def test_a_warning_while_python_starts_is_not_lost(submit: Submit) -> None:
+    job = submit("--nodes", "1", "train.steps=3")
+    wait_for(lambda: "start 0 on" in job.log, 60, "the job does not start")
+    wait_for(lambda: "slurm_script" in "".join(map(_arguments, job.cluster.processes())), 30)
+    time.sleep(0.5)  # srun is up, torch is not
+    job.cluster.run(["scancel", "--signal=USR2", job.id])
+    assert "run:" not in job.log
+    job.until("COMPLETED")
+    assert job.log.count("interrupted, its work is saved; requeued") == 1
+    assert_every_step_once(job.run, 3)
+
+
+def _arguments(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def test_the_budget_of_requeues_ends_with_a_last_word(submit: Submit) -> None:
+    job = submit("--nodes", "1", "--requeues", "0", "train.steps=100000")
+    job.until_steps(2)
+    job.cluster.run(["scancel", "--signal=USR2", job.id])
+    job.until("FAILED")
+    last = job.log.rstrip().splitlines()[-1]
+    assert "its budget of 0 requeues is spent (slurm.requeues); it does not come back" in last
+    assert f"run.dir={job.run}" in last
+
+
+def test_a_cancelled_job_stays_cancelled(submit: Submit) -> None:
+    job = submit("--nodes", "1", "train.steps=100000")
+    job.until_steps(2)
+    job.cancel()
+    assert job.scontrol("JobState") == "CANCELLED" and job.scontrol("Restarts") == "0"
+    time.sleep(7)  # longer than a requeued job waits
+    assert job.scontrol("JobState") == "CANCELLED"
+    assert "requeued" not in job.log
+
+
+def test_a_crashed_rank_comes_back(submit: Submit, weights: Callable[..., Path]) -> None:
+    job = submit("--nodes", "2", LONG, "checkpoint.every=2")
+    job.until_steps(5)
+    rank = next(
+        p for p in job.cluster.processes() if "submitit.core._submit" in _arguments(p) and "-P" in _arguments(p)
+    )
+    subprocess.run(["kill", "-KILL", str(rank)], check=True)
+    job.until("COMPLETED")
+    assert "failed with exit code 137; requeued" in job.log
+    resumed = re.search(r"resuming from .*, step (\d+)", job.log)
+    assert resumed and int(resumed[1]) >= 4
+    assert_every_step_once(job.run, 150)
+    assert same_weights(job.run, weights(2, LONG))
+
+
+def test_a_job_that_cannot_work_is_not_repeated(submit: Submit, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    job = submit("--nodes", "1", f"data.root={tmp_path / 'empty'}", "train.steps=3")
+    job.until("FAILED")
+    assert "error: " in job.log and "it does not come back" in job.log.rstrip().splitlines()[-1]
+    assert job.scontrol("Restarts") == "0"
+
+
+@pytest.mark.slow
+def test_the_real_time_limit(submit: Submit) -> None:
+    """A minute is the shortest limit, and SLURM looks at limits every 30 s: the warning comes between 0:20 and 0:50."""
+    job = submit("--nodes", "1", "--time", "1", "--warning", "30", "train.steps=100000")
+    wait_for(lambda: "interrupted, its work is saved; requeued" in job.log, 120, lambda: job.log)
+    wait_for(lambda: "back at work" in job.log, 120, lambda: job.log)
+    stopped, resumed = re.search(r"after step (\d+)", job.log), re.search(r"resuming from .*, step (\d+)", job.log)
+    assert stopped and resumed and stopped[1] == resumed[1]
+
+
+@pytest.mark.slow
+def test_a_node_that_loses_power(submit: Submit, cluster: Cluster, weights: Callable[..., Path]) -> None:
+    job = submit("--nodes", "2", LONG, "checkpoint.every=2")
+    job.until_steps(5)
+    node = int(job.scontrol("NodeList")[-2])  # node[1-2]
+    cluster.power_off(node)
+    try:
+        job.until("COMPLETED", 300)
+    finally:
+        cluster.power_on(node)
+        cluster.wait_until_idle(120)
+    assert job.scontrol("Restarts") == "1"
+    silence = re.search(r"back at work: step \d+ done ([\d.]+) s after the last sign of life", job.log)
+    assert silence and 5 < float(silence[1]) < 200
+    assert_every_step_once(job.run, 150)
+    assert same_weights(job.run, weights(2, LONG))
+
+
+@pytest.mark.slow
+def test_preemption_by_a_higher_partition(submit: Submit, cluster: Cluster, weights: Callable[..., Path]) -> None:
+    job = submit("--nodes", "4", "--exclusive", LONG)
+    job.until_steps(3)
+    high = cluster.run(["sbatch", "--partition=high", "--nodes=4", "--exclusive", "--wrap", "sleep 3"])
+    assert high.returncode == 0, high.stderr
+    job.until("COMPLETED", 300)
+    assert job.scontrol("Restarts") in ("1", "2")
+    stopped, resumed = re.search(r"after step (\d+)", job.log), re.search(r"resuming from .*, step (\d+)", job.log)
+    assert stopped and resumed and stopped[1] == resumed[1]
+    assert_every_step_once(job.run, 150)
+    assert same_weights(job.run, weights(4, LONG))
+
+
+# ---------------------------------------------------------------- around the job
+
+
+def test_a_run_folder_belongs_to_one_job(
+    submit: Submit, launch: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    job = submit("--nodes", "1", "--dependency", "singleton", "train.steps=100000")
+    second = launch(*CPUS, f"run.dir={job.run}")
+    assert second.returncode == 2
+    assert f"job {job.id}" in second.stderr and f"scancel {job.id}" in second.stderr
+    behind = launch("--dry-run", f"run.dir={job.run}", "--dependency", f"afterany:{job.id}")
+    assert behind.returncode == 0, behind.stderr
+    assert f"#SBATCH --dependency=afterany:{job.id}" in behind.stdout
+
+
+def test_following_shows_progress_and_ctrl_c_leaves_the_job(
+    cluster: Cluster, environment: dict[str, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    launcher = [sys.executable, "-u", str(CHECKOUT / "launch" / "slurm.py"), "--follow", *CPUS]
+    command = [*cluster.inside(cwd=tmp_path), *launcher, f"run.dir={run}", *TINY, "train.steps=100000"]
+    with subprocess.Popen(
+        command, env=cluster.environment(environment), stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as follower:
+        assert follower.stdout is not None
+        said = ""
+        for line in follower.stdout:
+            said += line
+            if "train " in line and "images/s" in line:
+                break
+        job = re.search(r"^job: (\d+)", said, re.MULTILINE)
+        assert job and f"job {job[1]}: RUNNING" in said
+        subprocess.run(["pkill", "-INT", "-f", f"run.dir={run}"], check=True)
+        rest = follower.stdout.read()
+    assert f"the job goes on. To stop it: scancel {job[1]}" in rest
+    assert follower.returncode == 75
+    assert cluster.run(["squeue", "-h", "-j", job[1], "-o", "%T"]).stdout.strip() == "RUNNING"
+    cluster.run(["scancel", job[1]])
+    cluster.wait_until_idle()
+
+
+@pytest.mark.slow
+def test_a_sweep_is_an_array_with_a_run_for_each_combination(
+    cluster: Cluster, launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    sweep = ["--sweep", "train.lr=1e-3,3e-4", "loss.rebalance=0.25"]
+    done = launch(*CPUS, *TINY, "train.steps=3", f"run.root={tmp_path}", "--follow", *sweep, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("COMPLETED") == 2
+    runs = sorted(tmp_path.glob("*/0*"))
+    assert [run.name for run in runs] == ["000-lr=1e-3-rebalance=0.25", "001-lr=3e-4-rebalance=0.25"]
+    assert (
+        "lr: 0.001" in (runs[0] / "config.yaml").read_text() and "lr: 0.0003" in (runs[1] / "config.yaml").read_text()
+    )
+    assert all((run / "evaluation.json").exists() for run in runs)
+
+
+def test_teardown_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Twice in a row, with a job at work."""
+    for _ in range(2):
+        with Cluster(tmp_path_factory.mktemp("slurm"), nodes=2) as small:
+            assert small.run(["sbatch", "--nodes=2", "--wrap", "srun sleep 1000"]).returncode == 0
+            wait_for(lambda: "sleep" in "".join(map(_arguments, small.processes())), 30)
+        assert small.processes() == []
+    links = subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
+    assert "v-node" not in links and "bridge" not in links
