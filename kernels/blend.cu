@@ -11,11 +11,11 @@
 //
 // The ladder:
 //   1. Blur along x, blur along y, mix: three kernels, 44 bytes a cell, three launches.
-//   2. One kernel that holds a tile with its halo in shared memory: 20 bytes, but (32 + 2r) (16 + 2r) floats, 26.8 KB for
-//      a moderate sigma, keep half of the threads out of sm_75, 86, 89 and 120, and a large sigma does not fit at all.
-//   3. One kernel that blurs the rows from global memory and keeps only those sums, slab after slab: 4 KB at any sigma,
-//      full occupancy (gaussian.cuh). Four rows share each tap that is loaded, and the tap loop of inner tiles is free of
-//      index arithmetic.
+//   2. One kernel that holds a tile with its halo in shared memory: 20 bytes, but the (32 + 2r) (16 + 2r) floats of a
+//      large sigma keep threads out of sm_75, 86, 89 and 120, and a larger one does not fit at all.
+//   3. One kernel that blurs the rows from global memory and keeps only those sums, slab after slab: 4 KB at any
+//      sigma, full occupancy (gaussian.cuh). Four rows share each tap that is loaded, and the tap loop of inner tiles
+//      is free of index arithmetic.
 //   4. Blocks in which every cell is confident copy and leave: typically most of a photograph.
 // One channel a block: twice the blocks of one cell a thread, which a single small image needs to fill a GPU.
 //
@@ -25,9 +25,9 @@
 
 // ab, out [B, 2, height, width], confidence [B, height, width]; inverse = 1 / (high - low), 0 for low = high.
 // Block (32, 8), grid (ceil(width / 32), ceil(height / 16), 2 B).
-extern "C" __global__ void __launch_bounds__(TILE_THREADS, RESIDENT) blend(
-    const float* __restrict__ ab, const float* __restrict__ confidence, const float* __restrict__ taps,
-    float* __restrict__ out, int height, int width, int radius, float low, float high, float inverse) {
+extern "C" __global__ void __launch_bounds__(TILE_THREADS, RESIDENT)
+    blend(const float* __restrict__ ab, const float* __restrict__ confidence, const float* __restrict__ taps,
+          float* __restrict__ out, int height, int width, int radius, float low, float high, float inverse) {
     const int plane = height * width;
     const float* channel = ab + (size_t)blockIdx.z * plane;
     const float* sure = confidence + (size_t)(blockIdx.z / 2) * plane;

@@ -1,5 +1,5 @@
-// The (a, b) of the 313 bins, ordered by a, then b: dist_colorize.color.gamut.bin_centers(), to which a test compares this
-// table. In constant memory: all lanes of a warp read the same bin, which costs no more than a register.
+// The (a, b) of the 313 bins, ordered by a, then b: dist_colorize.color.gamut.bin_centers(), to which a test compares
+// this table. In constant memory: all lanes of a warp read the same bin, which costs no more than a register.
 #pragma once
 
 constexpr int BINS = 313;

@@ -6,24 +6,27 @@
 //
 // CPU reference: dist_colorize.postprocess.cpu.TorchBackend.decode.
 //
-// Bytes for a cell, fp32 (16 bit): the logits are read once, 1252 (626), ab and confidence written, 12: that is the floor
-// of any kernel that is given logits. The backend gives it logits that never were in device memory: it multiplies the 64
-// features by the head for a chunk of cells whose logits fit into the L2 cache and decodes the chunk at once, so device
-// memory sees 256 (128) bytes of features and 12 of results.
+// Bytes for a cell, fp32 (16 bit): the logits are read once, 1252 (626), ab and confidence written, 12: that is the
+// floor of any kernel that is given logits. The backend gives it logits that never were in device memory: it multiplies
+// the 64 features by the head for a chunk of cells whose logits fit into the L2 cache and decodes the chunk at once, so
+// device memory sees 256 (128) bytes of features and 12 of results. Its logits are fp32 for every kind of features:
+// bf16 logits were off by up to 8 ab units at T = 0.38. The 16-bit kernels are for logits that exist already.
 //
 // The ladder:
-//   1. Softmax, then a product with the centres, then a maximum, as torch would: the probabilities are written and read
-//      three times.
+//   1. Softmax, then a product with the centres, then a maximum, as torch would: the probabilities are written and
+//      read three times.
 //   2. One thread a cell, two passes (maximum, then sums): reads the logits twice.
 //   3. One pass ("online softmax"): keep the largest x so far and rescale the sums whenever it grows. Reads once. The
-//      rescaling costs as many exponentials again; taking U logits at a time divides that by U and puts U loads in flight.
-//   4. One thread a cell gives a 128x128 grid 16384 threads, a tenth of a large GPU, each with one 4-byte load at a time.
-//      Here the bins of a cell are shared out among 8 threads, which combine their sums in the end: eight times the threads.
-//   5. planar (channels first): neighbouring cells are neighbouring addresses, so a thread takes 4 cells with one 16-byte
-//      load (8 bytes for 16-bit logits), and the 8 threads of a cell are in 8 warps: combined through shared memory.
-//      rows (channels last): the bins of a cell are neighbours, so its 8 threads are neighbouring lanes that read 32
-//      bytes together and combine by shuffles. Rows of 313 logits are aligned to nothing: single loads.
-//      A warp a cell (32 lanes x 10 bins) was considered: 5 shuffle steps instead of 3 and a third of the lanes idle in
+//      rescaling costs as many exponentials again; taking U logits at a time divides that by U and puts U loads in
+//      flight.
+//   4. One thread a cell gives a 128x128 grid 16384 threads, a tenth of a large GPU, each with one 4-byte load at a
+//      time. Here the bins of a cell are shared out among 8 threads, which combine their sums in the end: eight times
+//      the threads.
+//   5. planar (channels first): neighbouring cells are neighbouring addresses, so a thread takes 4 cells with one
+//      16-byte load (8 bytes for 16-bit logits), and the 8 threads of a cell are in 8 warps: combined through shared
+//      memory. rows (channels last): the bins of a cell are neighbours, so its 8 threads are neighbouring lanes that
+//      read 32 bytes together and combine by shuffles. Rows of 313 logits are aligned to nothing: single loads. A
+//      warp a cell (32 lanes x 10 bins) was considered: 5 shuffle steps instead of 3 and a third of the lanes idle in
 //      the last load.
 // Not taken: tensor-core products inside this kernel. The library's product is already at the machine's rate for every
 // architecture; ours would have to be written for each.
@@ -39,9 +42,9 @@
 #include "numbers.cuh"
 #include "residency.cuh"
 
-constexpr int PARTS = 8;                         // threads that share a cell
-constexpr int COMMON_BINS = BINS / PARTS;        // 39 bins for every one of them; the last bin is left to the first
-constexpr int PLANAR_CELLS = 128;                // cells of a block: 32 lanes x 4
+constexpr int PARTS = 8;                   // threads that share a cell
+constexpr int COMMON_BINS = BINS / PARTS;  // 39 bins for every one of them; the last bin is left to the first
+constexpr int PLANAR_CELLS = 128;          // cells of a block: 32 lanes x 4
 constexpr int ROWS_CELLS = 32;
 static_assert(COMMON_BINS * PARTS == BINS - 1, "exactly one bin must be left over");
 
@@ -83,7 +86,8 @@ __device__ __forceinline__ void add(Sums& sums, const float (&x)[U], const float
 __device__ __forceinline__ Sums merged(const Sums& one, const Sums& other) {
     const float largest = fmaxf(one.largest, other.largest);
     const float keep = exp2f(one.largest - largest), take = exp2f(other.largest - largest);
-    return {largest, one.total * keep + other.total * take, one.a * keep + other.a * take, one.b * keep + other.b * take};
+    return {largest, one.total * keep + other.total * take, one.a * keep + other.a * take,
+            one.b * keep + other.b * take};
 }
 
 // Takes bins bin, bin + PARTS, ... (U of them) of four neighbouring cells.
@@ -111,15 +115,17 @@ __device__ __forceinline__ void take(Sums (&sums)[4], const typename Kind::Bits*
     for (int i = 0; i < 4; ++i) add(sums[i], x[i], center);
 }
 
-// Sums of a block, [quantity][part][cell]: the 16-byte stores and the 4-byte loads of a warp both touch every bank equally.
+// Sums of a block, [quantity][part][cell]: the 16-byte stores and the 4-byte loads of a warp both touch every bank
+// equally.
 typedef float PlanarParts[4][PARTS][PLANAR_CELLS];
 
 // logits: [313, stride], stride a multiple of 4, 16-byte aligned; cells first .. first + cells of one image's ab
 // [2, plane] and confidence [plane] are written. scale = log2(e) / T.
 template <class Kind>
-__device__ __forceinline__ void decode_planar(const typename Kind::Bits* __restrict__ logits, const float* __restrict__ bias,
-                                              float* __restrict__ ab, float* __restrict__ confidence, int cells, int stride,
-                                              int first, int plane, float scale, PlanarParts& parts) {
+__device__ __forceinline__ void decode_planar(const typename Kind::Bits* __restrict__ logits,
+                                              const float* __restrict__ bias, float* __restrict__ ab,
+                                              float* __restrict__ confidence, int cells, int stride, int first,
+                                              int plane, float scale, PlanarParts& parts) {
     // Two loads of 16 bytes in flight for every thread; with three, 40 registers do not suffice.
     constexpr int U = 2, PAIRED_BINS = COMMON_BINS / U * U * PARTS;
     static_assert(COMMON_BINS % U == 1, "one common bin is left over after the pairs");
@@ -135,7 +141,8 @@ __device__ __forceinline__ void decode_planar(const typename Kind::Bits* __restr
         take<Kind, 1>(sums, next, step, bias, bin, scale);
         if (part == 0) take<Kind, 1>(sums, next, step, bias, BINS - 1, scale);
     }
-    *(float4*)&parts[0][part][4 * lane] = make_float4(sums[0].largest, sums[1].largest, sums[2].largest, sums[3].largest);
+    *(float4*)&parts[0][part][4 * lane] =
+        make_float4(sums[0].largest, sums[1].largest, sums[2].largest, sums[3].largest);
     *(float4*)&parts[1][part][4 * lane] = make_float4(sums[0].total, sums[1].total, sums[2].total, sums[3].total);
     *(float4*)&parts[2][part][4 * lane] = make_float4(sums[0].a, sums[1].a, sums[2].a, sums[3].a);
     *(float4*)&parts[3][part][4 * lane] = make_float4(sums[0].b, sums[1].b, sums[2].b, sums[3].b);
@@ -163,9 +170,10 @@ struct RowsShared {
 
 // logits: [cells, stride]; cell i is the cell first + i of all images' cells, ab [B, 2, plane], confidence [B, plane].
 template <class Kind>
-__device__ __forceinline__ void decode_rows(const typename Kind::Bits* __restrict__ logits, const float* __restrict__ bias,
-                                            float* __restrict__ ab, float* __restrict__ confidence, int cells, int stride,
-                                            int first, int plane, float scale, RowsShared& shared) {
+__device__ __forceinline__ void decode_rows(const typename Kind::Bits* __restrict__ logits,
+                                            const float* __restrict__ bias, float* __restrict__ ab,
+                                            float* __restrict__ confidence, int cells, int stride, int first, int plane,
+                                            float scale, RowsShared& shared) {
     constexpr int U = 13;
     static_assert(COMMON_BINS % U == 0, "whole groups");
     const int part = threadIdx.x, cell = threadIdx.y, thread = cell * PARTS + part;
@@ -200,8 +208,9 @@ __device__ __forceinline__ void decode_rows(const typename Kind::Bits* __restric
     }
 #pragma unroll
     for (int distance = 1; distance < PARTS; distance *= 2) {
-        const Sums other = {__shfl_xor_sync(0xffffffffu, sums.largest, distance), __shfl_xor_sync(0xffffffffu, sums.total, distance),
-                            __shfl_xor_sync(0xffffffffu, sums.a, distance), __shfl_xor_sync(0xffffffffu, sums.b, distance)};
+        const Sums other = {
+            __shfl_xor_sync(0xffffffffu, sums.largest, distance), __shfl_xor_sync(0xffffffffu, sums.total, distance),
+            __shfl_xor_sync(0xffffffffu, sums.a, distance), __shfl_xor_sync(0xffffffffu, sums.b, distance)};
         sums = merged(sums, other);
     }
     if (part == 0) {
@@ -221,26 +230,24 @@ __device__ __forceinline__ void decode_rows(const typename Kind::Bits* __restric
 }
 
 // Block (32, 8), grid ceil(cells / 128).
-#define DECODE_PLANAR(name, Kind)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(256, RESIDENT) name(                                                  \
-        const Kind::Bits* __restrict__ logits, const float* __restrict__ bias,                                                \
-                                                           float* __restrict__ ab, float* __restrict__ confidence, int cells, \
-                                                           int stride, int first, int plane, float scale) {                   \
-        __shared__ __align__(16) PlanarParts parts;                                                                           \
-        decode_planar<Kind>(logits, bias, ab, confidence, cells, stride, first, plane, scale, parts);                         \
+#define DECODE_PLANAR(name, Kind)                                                                           \
+    extern "C" __global__ void __launch_bounds__(256, RESIDENT)                                             \
+        name(const Kind::Bits* __restrict__ logits, const float* __restrict__ bias, float* __restrict__ ab, \
+             float* __restrict__ confidence, int cells, int stride, int first, int plane, float scale) {    \
+        __shared__ __align__(16) PlanarParts parts;                                                         \
+        decode_planar<Kind>(logits, bias, ab, confidence, cells, stride, first, plane, scale, parts);       \
     }
 DECODE_PLANAR(decode_planar_float32, Float32)
 DECODE_PLANAR(decode_planar_float16, Float16)
 DECODE_PLANAR(decode_planar_bfloat16, BFloat16)
 
 // Block (8, 32), grid ceil(cells / 32).
-#define DECODE_ROWS(name, Kind)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(256, RESIDENT) name(                                                  \
-        const Kind::Bits* __restrict__ logits, const float* __restrict__ bias,                                                \
-                                                           float* __restrict__ ab, float* __restrict__ confidence, int cells, \
-                                                           int stride, int first, int plane, float scale) {                   \
-        __shared__ RowsShared shared;                                                                                         \
-        decode_rows<Kind>(logits, bias, ab, confidence, cells, stride, first, plane, scale, shared);                          \
+#define DECODE_ROWS(name, Kind)                                                                             \
+    extern "C" __global__ void __launch_bounds__(256, RESIDENT)                                             \
+        name(const Kind::Bits* __restrict__ logits, const float* __restrict__ bias, float* __restrict__ ab, \
+             float* __restrict__ confidence, int cells, int stride, int first, int plane, float scale) {    \
+        __shared__ RowsShared shared;                                                                       \
+        decode_rows<Kind>(logits, bias, ab, confidence, cells, stride, first, plane, scale, shared);        \
     }
 DECODE_ROWS(decode_rows_float32, Float32)
 DECODE_ROWS(decode_rows_float16, Float16)

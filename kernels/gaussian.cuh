@@ -1,8 +1,8 @@
 // The Gaussian blur of one channel at the two cells of each thread of a tile: shared by blend.cu and repair.cu.
 //
-// Separable: 2 (2r + 1) products a cell instead of (2r + 1)^2. The rows of a slab are blurred along x from global memory
-// (neighbouring lanes read neighbouring cells, the L1 cache holds the overlap) into shared memory, then summed along y.
-// Slab after slab the same 4 KB serve any radius, so the occupancy does not depend on sigma.
+// Separable: 2 (2r + 1) products a cell instead of (2r + 1)^2. The rows of a slab are blurred along x from global
+// memory (neighbouring lanes read neighbouring cells, the L1 cache holds the overlap) into shared memory, then summed
+// along y. Slab after slab the same 4 KB serve any radius, so the occupancy does not depend on sigma.
 #pragma once
 #include "grid.cuh"
 
@@ -49,7 +49,8 @@ __device__ __forceinline__ void blurred(const float* __restrict__ channel, int h
             // the rows of the slab within reach of this cell
             const int centre = row + j * TILE_ROWS - top;
             const int begin = max(centre - radius, 0), end = min(centre + radius, SLAB - 1);
-            for (int i = begin; i <= end; ++i) result[j] = fmaf(taps[i - centre + radius], slab[i][threadIdx.x], result[j]);
+            for (int i = begin; i <= end; ++i)
+                result[j] = fmaf(taps[i - centre + radius], slab[i][threadIdx.x], result[j]);
         }
     }
 }

@@ -17,9 +17,9 @@ __device__ __forceinline__ float lab_f_inverse(float f) {
 // Not clipped. The white point is part of the matrix.
 __device__ __forceinline__ Rgb linear_from_lab(float level, float a, float b) {
     const float fy = (level + 16.0f) * (1.0f / 116.0f);
-    const float x = lab_f_inverse(fy + a * (1.0f / 500.0f)), y = lab_f_inverse(fy), z = lab_f_inverse(fy - b * (1.0f / 200.0f));
-    return {3.0799803f * x - 1.53715152f * y - 0.542821308f * z,
-            -0.921247752f * x + 1.87599f * y + 0.0452473395f * z,
+    const float x = lab_f_inverse(fy + a * (1.0f / 500.0f)), y = lab_f_inverse(fy),
+                z = lab_f_inverse(fy - b * (1.0f / 200.0f));
+    return {3.0799803f * x - 1.53715152f * y - 0.542821308f * z, -0.921247752f * x + 1.87599f * y + 0.0452473395f * z,
             0.0528904611f * x - 0.204041338f * y + 1.15123201f * z};
 }
 

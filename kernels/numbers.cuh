@@ -1,7 +1,7 @@
 // Numbers in memory -> float registers, one or four at a time, for the three dtypes that a network leaves.
 //
-// fp16 and bf16 come as bare 16-bit patterns: cuda_fp16.h would have to be found on the user's machine, takes NVRTC half
-// a second, and all it would give here is one instruction.
+// fp16 and bf16 come as bare 16-bit patterns: cuda_fp16.h would have to be found on the user's machine, takes NVRTC
+// half a second, and all it would give here is one instruction.
 #pragma once
 
 struct Float32 {
@@ -43,8 +43,8 @@ struct BFloat16 {
     static __device__ __forceinline__ float4 four(const short* address) { return four_of_16_bits<BFloat16>(address); }
 };
 
-// Four neighbouring floats, with one 16-byte access where the address allows it (`vectors`), else one by one as far as the
-// `left` numbers from the address on reach. With `vectors`, `left` must be a multiple of 4.
+// Four neighbouring floats, with one 16-byte access where the address allows it (`vectors`), else one by one as far as
+// the `left` numbers from the address on reach. With `vectors`, `left` must be a multiple of 4.
 struct Quad {
     float v[4];
 };

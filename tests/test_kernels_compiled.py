@@ -145,7 +145,7 @@ def test_four_cells_are_loaded_and_stored_at_once():
 
 
 def test_integer_divisions():
-    """None, but for one a thread where pixels or cells are numbered through; a loop would show in the file's header."""
+    """None, but for one a thread where pixels or cells are numbered through; never in a loop."""
     allowed = {"compose8": 1, "compose16": 1} | {
         f"decode_rows_{kind}": 1 for kind in ("float32", "float16", "bfloat16")
     }

@@ -1,4 +1,4 @@
-"""The harness that runs the kernels on the CPU finds the bugs it is there for: planted one by one into the real sources."""
+"""The harness that runs the kernels on the CPU finds the bugs it is there for, planted into the real sources."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ def decode(backend: CudaBackend) -> torch.Tensor:
     return backend.decode(features, torch.randn(313, 4, generator=generator), torch.zeros(313), 1.0)[0]
 
 
+def decode_rows(backend: CudaBackend) -> torch.Tensor:
+    features = torch.randn(1, 4, 8, 8).to(memory_format=torch.channels_last)
+    return backend.decode(features, torch.randn(313, 4), torch.zeros(313), 1.0)[0]
+
+
 # sigma 6 needs two slabs of rows
 def blend(backend: CudaBackend) -> torch.Tensor:
     return backend.blend(*scene(), sigma=6.0, low=0.2, high=0.6)
@@ -66,9 +71,10 @@ def compose(backend: CudaBackend) -> torch.Tensor:
 
 PLANTED = [
     # (what, flavour, file, old, new, primitive, what the harness says)
-    ("missing barrier", "plain", "decode.cu", "    __syncthreads();\n    const int mine = part", "    const int mine = part",
-     decode, None),
-    ("missing barrier", "thread", "gaussian.cuh", "__syncthreads();  // the slab before has been read", "", blend, "data race"),
+    ("missing barrier", "plain", "decode.cu", "    __syncthreads();\n    const int mine = part",
+     "    const int mine = part", decode, None),
+    ("missing barrier", "thread", "gaussian.cuh", "__syncthreads();  // the slab before has been read", "", blend,
+     "data race"),
     ("off by one, right border", "plain", "blend.cu", "column >= width", "column > width", blend, "outside its bounds"),
     ("off by one, bottom border", "plain", "blend.cu", "row + j * TILE_ROWS >= height", "row + j * TILE_ROWS > height",
      blend, "touched|outside its bounds"),
@@ -85,9 +91,10 @@ PLANTED = [
     ("barrier that some threads miss", "plain", "decode.cu", "    __syncthreads();\n    const int mine = part",
      "    if (cell < cells) __syncthreads();\n    const int mine = part", decode, "wait for each other"),
     ("lane outside the mask", "plain", "decode.cu", "0xffffffffu, sums.total", "0x7fffffffu, sums.total",
-     lambda backend: backend.decode(torch.randn(1, 4, 8, 8).to(memory_format=torch.channels_last), torch.randn(313, 4), torch.zeros(313), 1.0),
+     decode_rows,
      "leaves it out"),
-    ("float out of int's range", "plain", "lab.cuh", "return __saturatef(linear >", "return 1e9f * (linear >", compose, "range"),
+    ("float out of int's range", "plain", "lab.cuh", "return __saturatef(linear >", "return 1e9f * (linear >", compose,
+     "range"),
 ]  # fmt: skip
 
 
@@ -172,7 +179,7 @@ def test_wrong_number_of_arguments_is_refused():
 
 @pytest.mark.parametrize(("grid", "block"), [((1,), (512,)), ((1, 70000), (256,)), ((1,), (1, 1, 128))])
 def test_launch_beyond_the_limits_is_refused(grid, block):
-    with pytest.raises(EmulatorError, match="__launch_bounds__|outside"):
+    with pytest.raises(EmulatorError, match=r"__launch_bounds__|outside"):
         launch(mark_arguments(), grid, block)
 
 
@@ -187,7 +194,7 @@ def test_unknown_kernel_is_refused():
 
 
 def test_output_over_an_input_is_refused():
-    ab, confidence = scene()
+    ab, _ = scene()
     state = torch.zeros(1, HEIGHT, WIDTH, dtype=torch.uint8)
     counts = torch.zeros(1, dtype=torch.int32)
     scalars = [np.int32(n) for n in (0, HEIGHT, WIDTH, 1, 3)]
@@ -228,7 +235,7 @@ def test_half_precision_is_read_right():
     """Every one of the 65536 bit patterns of both 16-bit formats, as numbers.cuh reads them, against torch."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     code = """#include "numbers.cuh"
-    extern "C" __global__ void __launch_bounds__(256) widen(const short* __restrict__ bits, float* __restrict__ half, float* __restrict__ brain) {
+    extern "C" __global__ void __launch_bounds__(256) widen(const short* bits, float* half, float* brain) {
         const int i = 4 * (blockIdx.x * 256 + threadIdx.x);
         *(float4*)(half + i) = Float16::four(bits + i);
         *(float4*)(brain + i) = BFloat16::four(bits + i);
@@ -244,7 +251,7 @@ def test_half_precision_is_read_right():
 
 def test_shared_memory_of_a_template_is_refused():
     """Its section would be ignored by g++, so that it would hold zeros instead of NaN: the author is told."""
-    code = """template <class T> __device__ void f(T* y) { __shared__ T s[32]; s[threadIdx.x] = 1; __syncthreads(); y[0] = s[5]; }
+    code = """template <class T> __device__ void f(T* y) { __shared__ T s[32]; s[threadIdx.x] = 1; y[0] = s[5]; }
     extern "C" __global__ void __launch_bounds__(32) kernel(float* y) { f(y); }"""
     with pytest.raises(EmulatorError, match="outside of templates"):
         compiler.Library(code, ())

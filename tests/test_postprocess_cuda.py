@@ -175,7 +175,7 @@ def test_decode_makes_smaller_chunks_when_memory_is_short(monkeypatch):
         limit = 313 * 300
         assert_near(backend.decode(*arguments)[0], plenty[0], 1e-3)
         limit = 2 * 40 * 40
-        with pytest.raises(UserError, match="memory of .* is full"):
+        with pytest.raises(UserError, match=r"memory of .* is full"):
             backend.decode(*arguments)
 
 

@@ -36,8 +36,8 @@ MOST_COMPOSED = 2**29
 class CudaBackend:
     """See stages.Backend for what each primitive means, its shapes and its units.
 
-    Against the CPU's TorchBackend: ab within 2e-3 after every primitive, confidence within 1e-5, composed pixels within 1
-    level. A cell exactly at a threshold may fall on the other side of it.
+    Against the CPU's TorchBackend: ab within 2e-3 after every primitive, confidence within 1e-5, composed pixels within
+    1 level. A cell exactly at a threshold may fall on the other side of it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -194,7 +194,7 @@ class CudaBackend:
             except torch.OutOfMemoryError:
                 if room == 1:
                     raise UserError(
-                        f"the memory of {self.device} is full: end other programs that use it, or choose a smaller --size"
+                        f"the memory of {self.device} is full: end other programs on it, or choose a smaller --size"
                     ) from None
                 room //= 2
 
@@ -209,7 +209,7 @@ def decode_logits(
     confidence: Tensor,
     first: int,
 ) -> None:
-    """Decodes cells first .. first + cells from their logits (fp32, fp16 or bf16) into ab [B, 2, h, w], confidence [B, h, w].
+    """Decodes cells first .. first + cells from their logits (fp32, fp16, bf16): ab [B, 2, h, w], confidence [B, h, w].
 
     planar: logits [313, stride], stride a multiple of 4, 16-byte aligned, of cells of the first image. rows: logits
     [cells, stride], of all images' cells, counted through. bias [313] fp32 is added to them.

@@ -1,8 +1,8 @@
 """The CUDA sources of kernels/ as callable functions: found, compiled for the device at first use, cached, launched.
 
 Everything that needs CuPy or a driver is here, behind two functions: `open_device` says whether a GPU can be used, and
-`launch` runs one kernel on torch tensors in torch's current stream, without copies. CuPy is imported when first needed, so
-a machine without it can still run everything else.
+`launch` runs one kernel on torch tensors in torch's current stream, without copies. CuPy is imported when first
+needed, so a machine without it can still run everything else.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def cupy_module() -> ModuleType:
         return importlib.import_module("cupy")
     except ImportError as error:
         raise UserError(
-            f"--gpu needs CuPy, which cannot be imported ({error}): pip install cupy-cuda13x (cupy-cuda12x for CUDA 12 drivers)"
+            f"--gpu needs CuPy, which cannot be imported ({error}): pip install cupy-cuda13x, or cupy-cuda12x "
+            "for CUDA 12 drivers"
         ) from None
 
 
@@ -102,8 +103,8 @@ def launch(
 ) -> None:
     """Runs a kernel of kernels/NAME.cu in torch's current stream of the tensors' device.
 
-    CuPy ignores strides and passes a Python number as 64 bits: tensors must be contiguous (fp16 and bf16 viewed as int16)
-    and scalars np.int32 or np.float32; TypeError or ValueError otherwise. An empty grid is a ValueError.
+    CuPy ignores strides and passes a Python number as 64 bits: tensors must be contiguous (fp16 and bf16 viewed as
+    int16) and scalars np.int32 or np.float32; TypeError or ValueError otherwise. An empty grid is a ValueError.
     """
     for argument in arguments:
         if isinstance(argument, Tensor):

@@ -1,7 +1,7 @@
 """Does the GPU compute what the CPU computes, and how near to its memory's speed? Used by `doctor --gpu` and the tests.
 
-`agreements` runs every primitive of stages.Backend on a GPU backend and on the CPU and compares; `speeds` times each against
-a plain copy on the same device. Both make their own data, so that no checkpoint and no photograph is needed.
+`agreements` runs every primitive of stages.Backend on a GPU backend and on the CPU and compares; `speeds` times each
+against a plain copy on the same device. Both make their own data, so that no checkpoint and no photograph is needed.
 """
 
 from __future__ import annotations
@@ -140,7 +140,6 @@ def speeds(backend: Backend, cells: int = 1024) -> Iterator[Speed]:
         source = torch.zeros(2**28, dtype=torch.uint8, device=backend.device)
         target = torch.empty_like(source)
         copied = 2 * source.numel() / _seconds(lambda: target.copy_(source))
-        del source, target
         calls = primitives(backend, data)
         for name, count in least.items():
             seconds = _seconds(calls[name])

@@ -132,8 +132,8 @@ class Library:
     ) -> None:
         """Runs the kernel over the whole grid; arrays that it may write are changed in place.
 
-        `descending` runs threads and blocks in the opposite order; `at_start` puts every array right behind a guard page
-        instead of right before one.
+        `descending` runs threads and blocks in the opposite order; `at_start` puts every array right behind a guard
+        page instead of right before one.
         """
         parameters = self.parameters(name)
         launch = _Launch(
@@ -215,7 +215,7 @@ def _runtime(cxx: str, cache: Path, library: bool) -> Path:
 
 @functools.cache
 def _build(source: str, include: tuple[Path, ...], flavour: Flavour) -> Path:
-    """The folder with kernels.so (plain) or kernels (a program); built once per text of source, headers and emulator."""
+    """The folder with kernels.so (plain) or kernels (a program); built once per text of source and headers."""
     cxx = compiler()
     if cxx is None:
         raise EmulatorError("the emulator needs a C++ compiler and Linux on x86-64")

@@ -29,9 +29,9 @@ struct uint3 {
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
 };
-#define EMULATOR_VECTOR(type, scalar, alignment, ...)                                \
-    struct alignas(alignment) type {                                                 \
-        scalar __VA_ARGS__;                                                          \
+#define EMULATOR_VECTOR(type, scalar, alignment, ...) \
+    struct alignas(alignment) type {                  \
+        scalar __VA_ARGS__;                           \
     };
 EMULATOR_VECTOR(float2, float, 8, x, y)
 EMULATOR_VECTOR(float4, float, 16, x, y, z, w)
@@ -52,8 +52,8 @@ extern dim3 blockDim, gridDim;
 namespace emulator {
 enum class Reduce { none, count, any, all };
 int barrier(Reduce reduce, int value, int line, const char* file);
-// Deposits `bits` of this lane and returns those of all 32 lanes once every lane of `mask` has deposited. Shuffles and votes
-// do not order memory, __syncwarp does.
+// Deposits `bits` of this lane and returns those of all 32 lanes once every lane of `mask` has deposited. Shuffles and
+// votes do not order memory, __syncwarp does.
 const uint32_t* exchange(unsigned mask, uint32_t bits, int line, const char* file, bool orders_memory = false);
 [[noreturn]] void fail(const char* format, ...);
 void* dynamic_shared_bytes();
@@ -79,17 +79,24 @@ T value_of(uint32_t bits) {
 template <class T>
 T shuffle(unsigned mask, T value, unsigned source, int line, const char* file) {
     const uint32_t* all = exchange(mask, bits_of(value), line, file);
-    if (!(mask >> source & 1)) fail("%s:%d: lane %u reads lane %u, which is not in the mask %08x", file, line, lane(), source, mask);
+    if (!(mask >> source & 1))
+        fail("%s:%d: lane %u reads lane %u, which is not in the mask %08x", file, line, lane(), source, mask);
     return value_of<T>(all[source]);
 }
 }  // namespace emulator
 
 // __builtin_LINE as a default argument is the line of the caller
-#define EMULATOR_SITE int line = __builtin_LINE(), const char* file = __builtin_FILE()
+#define EMULATOR_SITE int line = __builtin_LINE(), const char *file = __builtin_FILE()
 inline void __syncthreads(EMULATOR_SITE) { emulator::barrier(emulator::Reduce::none, 0, line, file); }
-inline int __syncthreads_count(int value, EMULATOR_SITE) { return emulator::barrier(emulator::Reduce::count, value, line, file); }
-inline int __syncthreads_or(int value, EMULATOR_SITE) { return emulator::barrier(emulator::Reduce::any, value, line, file); }
-inline int __syncthreads_and(int value, EMULATOR_SITE) { return emulator::barrier(emulator::Reduce::all, value, line, file); }
+inline int __syncthreads_count(int value, EMULATOR_SITE) {
+    return emulator::barrier(emulator::Reduce::count, value, line, file);
+}
+inline int __syncthreads_or(int value, EMULATOR_SITE) {
+    return emulator::barrier(emulator::Reduce::any, value, line, file);
+}
+inline int __syncthreads_and(int value, EMULATOR_SITE) {
+    return emulator::barrier(emulator::Reduce::all, value, line, file);
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATOR_SITE) { emulator::exchange(mask, 0, line, file, true); }
 inline unsigned __ballot_sync(unsigned mask, int value, EMULATOR_SITE) {
     const uint32_t* all = emulator::exchange(mask, value != 0, line, file);
@@ -113,7 +120,8 @@ T __shfl_sync(unsigned mask, T value, int source, int width = 32, EMULATOR_SITE)
 // Relaxed, as on the device: an atomic orders nothing but itself, and ThreadSanitizer sees it as one.
 template <class T>
 T atomicAdd(T* address, typename std::common_type<T>::type value) {
-    static_assert(std::is_same<T, int>::value || std::is_same<T, unsigned>::value, "integer atomics only: float sums depend on the order");
+    static_assert(std::is_same<T, int>::value || std::is_same<T, unsigned>::value,
+                  "integer atomics only: float sums depend on the order");
     return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
@@ -135,7 +143,8 @@ inline int __float2int_rn(float x) {
 }
 
 namespace emulator {
-// What compiler.py's generated lines register: name, largest block, signature, and how to call it with untyped arguments.
+// What compiler.py's generated lines register: name, largest block, signature, and how to call it with untyped
+// arguments.
 struct Kernel {
     const char* name;
     int largest_block;
@@ -147,16 +156,16 @@ struct Kernel {
 
 template <class T>
 struct TypeName;
-#define EMULATOR_TYPE(type, text)                                                    \
-    template <>                                                                      \
-    struct TypeName<type> {                                                          \
-        static constexpr const char* value = text;                                   \
+#define EMULATOR_TYPE(type, text)                  \
+    template <>                                    \
+    struct TypeName<type> {                        \
+        static constexpr const char* value = text; \
     };
 EMULATOR_TYPE(int, "int32")
 EMULATOR_TYPE(unsigned, "uint32")
 EMULATOR_TYPE(float, "float32")
-#define EMULATOR_POINTER(type, text)                                                 \
-    EMULATOR_TYPE(type*, "*" text)                                                   \
+#define EMULATOR_POINTER(type, text) \
+    EMULATOR_TYPE(type*, "*" text)   \
     EMULATOR_TYPE(const type*, "const*" text)
 EMULATOR_POINTER(int, "int32")
 EMULATOR_POINTER(unsigned, "uint32")
@@ -186,6 +195,6 @@ struct Caller<void (*)(P...)> {
 };
 }  // namespace emulator
 
-#define EMULATOR_KERNEL(function, bounds)                                            \
+#define EMULATOR_KERNEL(function, bounds)                                                                              \
     static emulator::Kernel register_##function(#function, bounds, emulator::Caller<decltype(&function)>::signature(), \
                                                 emulator::Caller<decltype(&function)>::call<&function>);

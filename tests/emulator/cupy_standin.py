@@ -1,9 +1,9 @@
-"""Stands in for the few CuPy names that dist_colorize.postprocess.kernels uses, and is strict where CuPy and CUDA are lax.
+"""Stands in for the few CuPy names that dist_colorize.postprocess.kernels uses; strict where CuPy and CUDA are lax.
 
 `emulated_gpu()` is a context in which `kernels.launch` runs the real launch configuration through the emulator: torch
-tensors on the CPU stand for device memory. Errors: a wrong number or type of arguments, a Python number, an array that is
-not contiguous or of another dtype, an empty grid, a block above __launch_bounds__, an output that overlaps another
-argument, a hidden copy to the host of anything but finished pixels. Memory fresh from torch.empty holds NaN.
+tensors on the CPU stand for device memory. Errors: a wrong number or type of arguments, a Python number, an array
+that is not contiguous or of another dtype, an empty grid, a block above __launch_bounds__, an output that overlaps
+another argument, a hidden copy to the host of anything but finished pixels. Memory fresh from torch.empty holds NaN.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class RawKernel:
             raise EmulatorError(f"{self.name} is launched outside torch's stream")
         built = library(self.module.code, self.module.options, setting.flavour)
         arguments = self._checked(built, args)
-        sizes = [(tuple(size) + (1, 1))[:3] for size in (grid, block)]
+        sizes = [(*size, 1, 1)[:3] for size in (grid, block)]
         for word, size in zip(("grid", "block"), sizes, strict=True):
             if not all(1 <= n <= most for n, most in zip(size, LIMITS[word], strict=True)):
                 raise EmulatorError(f"{self.name}: the {word} {size} is outside 1..{LIMITS[word]}")

@@ -92,8 +92,8 @@ void* scheduler_stack_pointer;
 void* scheduler_tsan;
 void (*kernel_call)(void**);
 void** kernel_arguments;
-// Addresses that stand for the barrier of a block and its warps' instructions. Never touched, and other ones for each block:
-// what is released in one block must not be acquired in the next.
+// Addresses that stand for the barrier of a block and its warps' instructions. Never touched, and other ones for each
+// block: what is released in one block must not be acquired in the next.
 constexpr size_t TAGS = 2 * (1 + MOST_THREADS / 32), TAG_BLOCKS = 1 << 16;
 char* tsan_tags;
 // Two for each, taken in turns: a thread that is already at the next barrier must not be acquired by one that still has
@@ -124,7 +124,8 @@ void forget(char* from, size_t bytes) {
     char* const storage = kept.data();
     for (char* page = first; page < first + room; page += PAGE) {
         copy(storage, page, PAGE);
-        if (mmap(page, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != page) __builtin_trap();
+        if (mmap(page, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != page)
+            __builtin_trap();
         copy(page, storage, PAGE);
     }
 }
@@ -147,7 +148,8 @@ void fiber_main() {
 
 void start(Fiber& fiber) {
     if (!fiber.stack) {
-        char* memory = static_cast<char*>(mmap(nullptr, STACK + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        char* memory = static_cast<char*>(
+            mmap(nullptr, STACK + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
         if (memory == MAP_FAILED) fail("no memory for the stack of a fiber");
         mprotect(memory, PAGE, PROT_NONE);
         fiber.stack = memory + PAGE;
@@ -183,7 +185,9 @@ bool release_barrier(unsigned threads) {
     }
     for (unsigned i = 0; i < threads; ++i) {
         Fiber& fiber = fibers[i];
-        fiber.value = fiber.reduce == Reduce::count ? count : fiber.reduce == Reduce::any ? count > 0 : count == int(threads);
+        fiber.value = fiber.reduce == Reduce::count ? count
+                      : fiber.reduce == Reduce::any ? count > 0
+                                                    : count == int(threads);
         fiber.state = State::ready;
     }
     return true;
@@ -200,8 +204,9 @@ bool release_warps(unsigned threads) {
             for (unsigned lane = 0; lane < 32; ++lane) {
                 if (!(mask >> lane & 1)) continue;
                 const unsigned other = base + lane;
-                complete = complete && other < threads && fibers[other].state == State::warp && fibers[other].mask == mask &&
-                           fibers[other].line == fibers[i].line && fibers[other].file == fibers[i].file;
+                complete = complete && other < threads && fibers[other].state == State::warp &&
+                           fibers[other].mask == mask && fibers[other].line == fibers[i].line &&
+                           fibers[other].file == fibers[i].file;
             }
             if (!complete) continue;
             for (unsigned to = 0; to < 32; ++to) {
@@ -250,11 +255,16 @@ void run_block(unsigned threads, bool reversed, size_t dynamic_bytes) {
             ready = ready || fibers[i].state == State::ready;
             if (i && fibers[i].state == fibers[i - 1].state && fibers[i].line == fibers[i - 1].line) continue;
             char text[200];
-            if (fibers[i].state == State::done) snprintf(text, sizeof text, "; from thread %u on: ended", i);
-            else snprintf(text, sizeof text, "; from thread %u on: at %s of line %d", i, fibers[i].state == State::warp ? "a warp instruction" : "the barrier", fibers[i].line);
+            if (fibers[i].state == State::done)
+                snprintf(text, sizeof text, "; from thread %u on: ended", i);
+            else
+                snprintf(text, sizeof text, "; from thread %u on: at %s of line %d", i,
+                         fibers[i].state == State::warp ? "a warp instruction" : "the barrier", fibers[i].line);
             if (where.size() < 600) where += text;
         }
-        if (!ready) fail("threads of block (%u, %u, %u) wait for each other for ever%s", blockIdx.x, blockIdx.y, blockIdx.z, where.c_str());
+        if (!ready)
+            fail("threads of block (%u, %u, %u) wait for each other for ever%s", blockIdx.x, blockIdx.y, blockIdx.z,
+                 where.c_str());
     }
     // A destroyed fiber's identity is used again, which would hide races between blocks: keep as many as there may be.
     if (__tsan_create_fiber)
@@ -272,7 +282,8 @@ struct Guarded {
     void allocate(size_t size, size_t phase, bool at_start) {
         bytes = size;
         room = (size + 32 + PAGE - 1) / PAGE * PAGE;
-        pages = static_cast<char*>(mmap(nullptr, room + 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        pages = static_cast<char*>(
+            mmap(nullptr, room + 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
         if (pages == MAP_FAILED) fail("no memory for %zu bytes of an array", size);
         // NaN would look untouched after a NaN was computed from it and written over it
         memset(pages + PAGE, SLACK, room);
@@ -303,15 +314,21 @@ const char* running = "";
 void on_signal(int number, siginfo_t* info, void*) {
     char text[400];
     const char* address = static_cast<const char*>(info->si_addr);
-    snprintf(text, sizeof text, "signal %d (%s) at address %p", number, number == SIGILL ? "misaligned vector or trap" : "memory access", info->si_addr);
+    snprintf(text, sizeof text, "signal %d (%s) at address %p", number,
+             number == SIGILL ? "misaligned vector or trap" : "memory access", info->si_addr);
     for (size_t i = 0; i < arrays.size(); ++i) {
         const Guarded& array = arrays[i];
         if (!array.pages || address < array.pages || address >= array.pages + array.room + 2 * PAGE) continue;
-        if (address >= array.data && address < array.data + array.bytes) snprintf(text, sizeof text, "array argument %zu is const and was written", i);
-        else snprintf(text, sizeof text, "array argument %zu was touched %td bytes from its start; it has %zu", i, address - array.data, array.bytes);
+        if (address >= array.data && address < array.data + array.bytes)
+            snprintf(text, sizeof text, "array argument %zu is const and was written", i);
+        else
+            snprintf(text, sizeof text, "array argument %zu was touched %td bytes from its start; it has %zu", i,
+                     address - array.data, array.bytes);
     }
-    if (dynamic_shared_memory.pages && address >= dynamic_shared_memory.pages && address < dynamic_shared_memory.pages + dynamic_shared_memory.room + 2 * PAGE)
-        snprintf(text, sizeof text, "dynamic shared memory was touched %td bytes from its start; it has %zu", address - dynamic_shared_memory.data, dynamic_shared_memory.bytes);
+    if (dynamic_shared_memory.pages && address >= dynamic_shared_memory.pages &&
+        address < dynamic_shared_memory.pages + dynamic_shared_memory.room + 2 * PAGE)
+        snprintf(text, sizeof text, "dynamic shared memory was touched %td bytes from its start; it has %zu",
+                 address - dynamic_shared_memory.data, dynamic_shared_memory.bytes);
     message = text;
     siglongjmp(failure, 1);
 }
@@ -353,7 +370,8 @@ int barrier(Reduce reduce, int value, int line, const char* file) {
 
 const uint32_t* exchange(unsigned mask, uint32_t bits, int line, const char* file, bool orders_memory) {
     Fiber* self = current;
-    if (!(mask >> lane() & 1)) fail("%s:%d: lane %u calls a warp instruction with mask %08x, which leaves it out", file, line, lane(), mask);
+    if (!(mask >> lane() & 1))
+        fail("%s:%d: lane %u calls a warp instruction with mask %08x, which leaves it out", file, line, lane(), mask);
     self->state = State::warp;
     self->mask = mask;
     self->bits = bits;
@@ -381,7 +399,7 @@ using namespace emulator;
 struct Argument {
     void* data;
     uint64_t bytes;
-    uint32_t kind;  // 0: scalar, 1: array that the kernel may only read, 2: array
+    uint32_t kind;   // 0: scalar, 1: array that the kernel may only read, 2: array
     uint32_t phase;  // the address modulo 16
 };
 struct Launch {
@@ -417,7 +435,8 @@ extern "C" const char* emulator_launch(const char* name, const Launch* launch, A
     stack_t alternative = {}, old_stack = {};
     alternative.ss_sp = signal_stack.data();
     alternative.ss_size = signal_stack.size();
-    const bool sanitized = __tsan_create_fiber || __asan_poison_memory_region;  // they report signals themselves, better
+    const bool sanitized =
+        __tsan_create_fiber || __asan_poison_memory_region;  // they report signals themselves, better
     if (!sanitized) {
         sigaltstack(&alternative, &old_stack);
         for (size_t i = 0; i < sizeof SIGNALS / sizeof *SIGNALS; ++i) sigaction(SIGNALS[i], &action, &old[i]);
@@ -447,11 +466,13 @@ extern "C" const char* emulator_launch(const char* name, const Launch* launch, A
         const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
         const uint64_t blocks = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
         if (__tsan_get_current_fiber) scheduler_tsan = __tsan_get_current_fiber();
-        char* const tags = static_cast<char*>(mmap(nullptr, 8 * TAGS * TAG_BLOCKS, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        char* const tags = static_cast<char*>(
+            mmap(nullptr, 8 * TAGS * TAG_BLOCKS, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
         for (uint64_t i = 0; i < blocks; ++i) {
             tsan_tags = tags + 8 * TAGS * (i % TAG_BLOCKS);
             const uint64_t at = launch->reversed ? blocks - 1 - i : i;
-            blockIdx = {unsigned(at % gridDim.x), unsigned(at / gridDim.x % gridDim.y), unsigned(at / gridDim.x / gridDim.y)};
+            blockIdx = {unsigned(at % gridDim.x), unsigned(at / gridDim.x % gridDim.y),
+                        unsigned(at / gridDim.x / gridDim.y)};
             run_block(threads, launch->reversed, launch->shared_bytes);
         }
         munmap(tags, 8 * TAGS * TAG_BLOCKS);
@@ -465,7 +486,8 @@ extern "C" const char* emulator_launch(const char* name, const Launch* launch, A
         }
     } else if (current) {
         char text[300];
-        snprintf(text, sizeof text, " [block (%u, %u, %u), thread (%u, %u, %u)]", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
+        snprintf(text, sizeof text, " [block (%u, %u, %u), thread (%u, %u, %u)]", blockIdx.x, blockIdx.y, blockIdx.z,
+                 threadIdx.x, threadIdx.y, threadIdx.z);
         message += text;
         current = nullptr;
     }
@@ -479,8 +501,8 @@ extern "C" const char* emulator_launch(const char* name, const Launch* launch, A
 }
 
 #ifdef EMULATOR_MAIN
-// program KERNEL FILE: FILE holds a Launch, then every Argument (data is ignored) followed by its bytes; arrays that the
-// kernel may write are written back in place.
+// program KERNEL FILE: FILE holds a Launch, then every Argument (data is ignored) followed by its bytes; arrays that
+// the kernel may write are written back in place.
 int main(int, char** words) {
     FILE* file = fopen(words[2], "r+b");
     Launch launch;
@@ -492,7 +514,8 @@ int main(int, char** words) {
         if (fread(&arguments[i], sizeof(Argument), 1, file) != 1) return perror(words[2]), 3;
         offsets[i] = ftell(file);
         contents[i].resize(arguments[i].bytes);
-        if (arguments[i].bytes && fread(contents[i].data(), arguments[i].bytes, 1, file) != 1) return perror(words[2]), 3;
+        if (arguments[i].bytes && fread(contents[i].data(), arguments[i].bytes, 1, file) != 1)
+            return perror(words[2]), 3;
         arguments[i].data = contents[i].data();
     }
     if (const char* error = emulator_launch(words[1], &launch, arguments.data())) {
@@ -501,7 +524,8 @@ int main(int, char** words) {
     }
     for (unsigned i = 0; i < launch.arguments; ++i) {
         if (arguments[i].kind != 2 || !arguments[i].bytes) continue;
-        if (fseek(file, offsets[i], SEEK_SET) || fwrite(contents[i].data(), arguments[i].bytes, 1, file) != 1) return perror(words[2]), 3;
+        if (fseek(file, offsets[i], SEEK_SET) || fwrite(contents[i].data(), arguments[i].bytes, 1, file) != 1)
+            return perror(words[2]), 3;
     }
     return fclose(file) ? 3 : 0;
 }
