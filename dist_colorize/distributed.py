@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from dist_colorize.errors import INTERRUPTED, Interrupted, UserError
+from dist_colorize.heartbeat import Heartbeat, PeerLost
 
 T = TypeVar("T")
 
@@ -75,6 +76,8 @@ class World:
     """gloo or nccl, for tensors on `device`; tensors on the CPU always go through gloo."""
     threads: int
     """CPU threads for this rank: the node's usable cores, shared out among its ranks."""
+    heartbeat: Heartbeat | None = None
+    """Tells the other ranks that this one lives, and how far it is."""
 
     @property
     def is_leader(self) -> bool:
@@ -83,14 +86,12 @@ class World:
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replace `tensor` on every rank by its sum over the ranks; returns it. Exact for integers."""
-        dist.all_reduce(tensor, dist.ReduceOp.SUM)
-        return tensor
+        return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def agree(self, flag: bool) -> bool:
         """Whether any rank's flag is set. Goes over the CPU, so that no GPU has to finish its queue first."""
         raised = torch.tensor([flag], dtype=torch.uint8)
-        dist.all_reduce(raised, dist.ReduceOp.MAX)
-        return bool(raised.item())
+        return bool(self._reduce(raised, dist.ReduceOp.MAX).item())
 
     def gather_objects(self, item: T) -> list[T]:
         """The picklable `item` of every rank, by rank."""
@@ -132,7 +133,7 @@ class World:
         while True:
             finished = self.is_leader and done.wait(POLL_SECONDS)  # the others wait in the collective below
             state = torch.tensor([finished, stop is not None and stop.requested], dtype=torch.uint8)
-            dist.all_reduce(state, dist.ReduceOp.MAX)
+            self._reduce(state, dist.ReduceOp.MAX)
             finished, stopping = (bool(s) for s in state.tolist())
             if stopping:  # before a look at the result: work that saw the flag may have returned half of it
                 if stop is not None:
@@ -152,6 +153,17 @@ class World:
         if message is not None:
             raise UserError(message, shared=True) if shared else RuntimeError(f"rank 0 failed: {message}")
         return value
+
+    def _reduce(self, tensor: torch.Tensor, operation: Any) -> torch.Tensor:
+        if self.heartbeat is not None:
+            self.heartbeat.reached += 1
+        holders = tensor._use_count()  # type: ignore[attr-defined]
+        dist.all_reduce(tensor, operation)
+        # gloo's thread may still hold the tensor. To let go of the last reference it needs Python's lock, and when it
+        # asks for that while the interpreter ends, after the last collective of a run, the process dies of SIGABRT.
+        while tensor.device.type == "cpu" and tensor._use_count() > holders:  # type: ignore[attr-defined]
+            time.sleep(0)
+        return tensor
 
 
 @contextlib.contextmanager
@@ -183,22 +195,39 @@ def session(config: DistributedConfig) -> Iterator[World]:
         timeout=timeout,
         device_id=device if backend == "nccl" else None,
     )
-    world = World(rank, environment["LOCAL_RANK"], size, environment["LOCAL_WORLD_SIZE"], device, backend, threads)
+    stuck = False
     try:
-        yield world
-        world.barrier()  # rank 0 may host the store that the others still need to leave in order
-    except Interrupted:
-        # All ranks are on their way out, but rank 0 may still save: torchrun ends all as soon as it sees one gone.
-        world.barrier()
-        dist.destroy_process_group()
+        with Heartbeat(dist.PrefixStore("life", store), rank, size) as heartbeat, _naming_lost_peers(heartbeat):
+            local_rank, local_size = environment["LOCAL_RANK"], environment["LOCAL_WORLD_SIZE"]
+            world = World(rank, local_rank, size, local_size, device, backend, threads, heartbeat)
+            try:
+                yield world
+            except Interrupted:
+                # All ranks are on their way out, but rank 0 may still save: torchrun ends all when it sees one gone.
+                world.barrier()
+                raise
+            world.barrier()  # rank 0 may host the store that the others still need to leave in order
+    except BaseException as error:
+        # Ranks that still wait in a GPU collective would hold us up; leaving ends the group as well.
+        stuck = backend == "nccl" and not isinstance(error, Interrupted)
         raise
-    except BaseException:
-        if backend == "nccl":
-            # Ranks that still wait in a GPU collective would hold this one up; leaving ends the group as well.
+    finally:
+        if not stuck:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _naming_lost_peers(heartbeat: Heartbeat) -> Iterator[None]:
+    """Turns the error of a collective whose other side has gone into a PeerLost that says who."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in ("gloo", "Gloo", "NCCL")):
             raise
-        dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
+        if dist.get_backend() == "gloo":
+            # Those who wait for this rank would hear of the loss only when it leaves: close the connections first.
+            dist.group.WORLD.abort()  # type: ignore[union-attr]
+        raise PeerLost(heartbeat.explain(error)) from None
 
 
 def default_precision(device: torch.device) -> Literal["fp32", "bf16", "fp16"]:

@@ -1,0 +1,157 @@
+"""Signs of life of each rank, so that those who lose one can say which, and when it was last seen.
+
+    with Heartbeat(store, rank, size) as heartbeat:
+        try:
+            ...                                     # collectives; heartbeat.reached += 1 at each
+        except RuntimeError as error:
+            raise PeerLost(heartbeat.explain(error))
+
+A thread writes a line into the process group's store every second. Nobody reads it until a collective has failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from dist_colorize.errors import RunFailed
+
+SECONDS = 1.0
+"""Time between two signs of life."""
+SILENT_SECONDS = 3.0
+"""Silence after which a rank counts as gone; it has to outlast a pause of the machine."""
+
+
+class PeerLost(RunFailed):
+    """Another rank has died, left, or does not answer."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a rank says of itself."""
+
+    count: int
+    """Signs given so far: two readings with the same count are a silence, whatever the clocks say."""
+    reached: int
+    """Collectives it has entered."""
+    time: float
+    """Its own clock, in seconds since 1970."""
+    who: str
+    left: str | None
+    """Why it left; None where it did not say so."""
+
+
+class Heartbeat:
+    """Gives this rank's signs of life in a thread, from entering it as a context to leaving it."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+        self.reached = 0
+        """Collectives that this rank has entered; the owner counts."""
+        self._count = 0
+        self._left: str | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        # A connection of its own: the group's one is held while it waits for a key.
+        self._store = store.clone() if size > 1 else store
+
+    def __enter__(self) -> Self:
+        if self._size > 1:
+            self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._size > 1:
+            self._left = f"{type(error).__name__}: {error}"
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._left is not None:
+            self._say()
+            if self._rank == 0:
+                self._see_the_others_off()
+
+    def explain(self, error: BaseException) -> str:
+        """Why a collective failed with `error`, as far as the other ranks' signs tell. Takes a few seconds."""
+        # gloo says: [path of its source:line] Connection closed by peer [address]. This is typically caused ...
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". This is")[0].partition("\n")[0]
+        first = self._read()
+        if first is None:
+            return f"rank 0 and the store of the process group are gone ({reason}); {_ADVICE}"
+        time.sleep(SILENT_SECONDS)
+        second = self._read() or first
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        failed = [r for r in others if (sign := second.get(r)) and sign.left and not sign.left.startswith("PeerLost")]
+        silent = [r for r in others if r in second and not second[r].left and second[r].count == first[r].count]
+        silent += [r for r in others if r not in second]
+        behind = [r for r in others if r in second and not second[r].left and second[r].reached < self.reached]
+        if failed:
+            told = "; ".join(f"{_name(r, second.get(r))} left with {second[r].left}" for r in failed)
+        elif silent:
+            told = "; ".join(f"{_name(r, second.get(r))} vanished, last seen {_seen(second.get(r))}" for r in silent)
+        elif behind:
+            told = "; ".join(f"{_name(r, second.get(r))} is alive but does not answer" for r in behind)
+            told += "; where it does long work between steps, raise distributed.timeout"
+        else:
+            told = "no rank is missing, so the network between them failed"
+        return f"{told} ({reason}); {_ADVICE}"
+
+    def _beat(self) -> None:
+        while True:
+            self._say()
+            if self._stop.wait(SECONDS):
+                return
+
+    def _say(self) -> None:
+        self._count += 1
+        sign = [self._count, self.reached, time.time(), f"{socket.gethostname()}, pid {os.getpid()}", self._left]
+        try:
+            self._store.set(f"heartbeat/{self._rank}", json.dumps(sign))
+        except RuntimeError:  # the store has gone: this rank's own collectives will fail, and say why
+            self._stop.set()
+
+    def _read(self) -> dict[int, Sign] | None:
+        """The last sign of each rank that gave one; None where the store has gone."""
+        signs = {}
+        try:
+            for rank in range(self._size):
+                if self._store.check([f"heartbeat/{rank}"]):
+                    values: list[Any] = json.loads(self._store.get(f"heartbeat/{rank}"))
+                    signs[rank] = Sign(*values)
+        except RuntimeError:
+            return None
+        return signs
+
+    def _see_the_others_off(self) -> None:
+        """Rank 0 may host the store that the others still read: wait a little until those alive have left."""
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun hosts it
+            return
+        end = time.monotonic() + 2 * SILENT_SECONDS
+        while time.monotonic() < end and not all(sign.left for sign in (self._read() or {}).values()):
+            time.sleep(0.1)
+
+
+_ADVICE = "the same command with run.dir=RUN goes on from the last checkpoint"
+
+
+def _name(rank: int, sign: Sign | None) -> str:
+    return f"rank {rank}" if sign is None else f"rank {rank} ({sign.who})"
+
+
+def _seen(sign: Sign | None) -> str:
+    if sign is None:
+        return "never"
+    return f"{datetime.fromtimestamp(sign.time):%Y-%m-%d %H:%M:%S}, {max(0.0, time.time() - sign.time):.0f} s ago"
