@@ -23,6 +23,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -43,6 +44,7 @@ from dist_colorize.slurm.snapshot import code_root, take_snapshot
 from dist_colorize.slurm.submission import Submission, batch_script, submit
 from dist_colorize.slurm.task import Task
 
+QUICKSTART = resource("configs", "quickstart.yaml")
 JOBS = ("train", "evaluate", "postprocess")
 ME = "python launch/slurm.py" if not __package__ else f"python -m {__package__}.slurm"
 
@@ -87,8 +89,10 @@ def _training(options: argparse.Namespace) -> Plan:
     swept = sweep.combinations(options.sweep) if options.sweep else [[]]
     recipes = [config.load(Recipe, options.config, [*options.overrides, *more]) for more in swept]
     slurm = partition.resolve(recipes[0].slurm)
+    if options.config == QUICKSTART and not any("train.global_batch=" in o for o in options.overrides):
+        recipes = [_shared_by(recipe, partition.tasks(slurm)) for recipe in recipes]
     for recipe in recipes:
-        recipe.train.local_batch(slurm.nodes * (slurm.gpus_per_node or slurm.tasks_per_node or 1))  # now, not later
+        recipe.train.local_batch(partition.tasks(slurm))  # an error now, not when the job has waited for a day
     base, stamp = _run_folder(recipes[0]), f"{datetime.now():%Y%m%d-%H%M%S-%f}"
     runs = [base / sweep.folder_name(i, more) for i, more in enumerate(swept)] if options.sweep else [base]
     for run in runs:
@@ -105,6 +109,12 @@ def _training(options: argparse.Namespace) -> Plan:
     resumes = [f"{ME} {shlex.quote(f'run.dir={run}')}" for run in runs]
     submission = Submission(slurm, name, folder, code, tasks, list(runs), resumes)
     return Plan(submission, texts, not options.no_snapshot)
+
+
+def _shared_by(recipe: Recipe, tasks: int) -> Recipe:
+    """The quickstart with a batch that this many ranks can share; its own is made for a few."""
+    batch = math.ceil(recipe.train.global_batch / tasks) * tasks
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, global_batch=batch))
 
 
 def _command(options: argparse.Namespace, command: list[str], given: list[str]) -> Plan:
@@ -169,7 +179,7 @@ def _submit(plan: Plan) -> list[str]:
 def _show(submission: Submission) -> None:
     """The dry run: what sbatch would get, and what each task would run."""
     print(batch_script(submission))
-    count = submission.config.nodes * (submission.config.gpus_per_node or submission.config.tasks_per_node or 1)
+    count = partition.tasks(submission.config)
     print(f"# each of {count} tasks{' of each job' if len(submission.tasks) > 1 else ''} runs:")
     for task in submission.tasks:
         print(f"#   python -m {task.module} {shlex.join(task.arguments)}")
@@ -178,7 +188,7 @@ def _show(submission: Submission) -> None:
 
 def _report(submission: Submission, jobs: list[str]) -> list[str]:
     """What the user needs from here on."""
-    last = submission.config.nodes * (submission.config.gpus_per_node or submission.config.tasks_per_node or 1) - 1
+    last = partition.tasks(submission.config) - 1
     first_log = submission.log(jobs[0])
     lines = [f"job: {_array(jobs)}" + (f" ({len(jobs)} runs)" if len(jobs) > 1 else "")]
     if submission.runs[0] is not None:
@@ -264,7 +274,7 @@ def _default_config(overrides: list[str]) -> Path:
         found = sorted(run.glob("slurm/*/recipe.yaml")) or [run / "config.yaml"]
         if found[-1].exists():
             return found[-1]
-    return resource("configs", "quickstart.yaml")
+    return QUICKSTART
 
 
 if __name__ == "__main__":

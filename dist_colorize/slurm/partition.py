@@ -28,12 +28,17 @@ def resolve(config: SlurmConfig) -> SlurmConfig:
     gpus = config.gpus_per_node
     if gpus is None:
         gpus = USUAL_GPUS if nodes is None else common_gpus(nodes, config)
-    tasks = gpus or config.tasks_per_node or 1
+    per_node = gpus or config.tasks_per_node or 1
     cpus = config.cpus_per_task
     if cpus is None and nodes:
         # The smallest of the nodes that the job can get; the cluster's default of one core starves the data pipeline.
-        cpus = max(1, min((n.cpus for n in nodes if n.gpus >= gpus), default=1) // tasks)
-    return replace(config, gpus_per_node=gpus, tasks_per_node=None if gpus else tasks, cpus_per_task=cpus)
+        cpus = max(1, min((n.cpus for n in nodes if n.gpus >= gpus), default=1) // per_node)
+    return replace(config, gpus_per_node=gpus, tasks_per_node=None if gpus else per_node, cpus_per_task=cpus)
+
+
+def tasks(config: SlurmConfig) -> int:
+    """Tasks of the job in all, of a config that `resolve` has filled in."""
+    return config.nodes * (config.gpus_per_node or config.tasks_per_node or 1)
 
 
 def common_gpus(nodes: list[Node], config: SlurmConfig) -> int:
