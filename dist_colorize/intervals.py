@@ -44,8 +44,11 @@ def interval(resampled: Array) -> tuple[Array, Array]:
     return low, high
 
 
-def paired_difference(one: Array, other: Array) -> tuple[float, float, float]:
-    """Mean of one - other over the same photographs [N], with its 95 % interval: (mean, low, high)."""
-    difference = (one - other)[:, None]
-    low, high = interval(resampled_means(difference))
-    return float(difference.mean()), float(low[0]), float(high[0])
+def mean_with_interval(values: Array, weights: Array | None = None) -> tuple[float, float, float]:
+    """Mean of one value per photograph [N], weighted by [N], with its 95 % interval: (mean, low, high).
+
+    For a paired comparison give the differences of the same photographs.
+    """
+    weights = np.ones_like(values) if weights is None else weights
+    low, high = interval(resampled_means(values[:, None], weights[:, None]))
+    return float((values * weights).sum() / weights.sum()), float(low[0]), float(high[0])
