@@ -18,6 +18,7 @@ exit codes: 0 all done, 1 some failed, 2 wrong usage, 75 interrupted (Ctrl-C fin
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ def colorize(arguments: argparse.Namespace, stop: StopFlag) -> int:
     backend = _backend(arguments.gpu)
     trained = find_trained(arguments.checkpoint or newest_run(RUNS))
     output = arguments.output or _output_of(trained)
-    jobs, complaints = _jobs(arguments.inputs, trained, output, stop)
+    jobs, complaints = _own_share(*_jobs(arguments.inputs, trained, output, stop))
     _require_writable(output)
     for line in trained.skipped:
         print(f"skipped: {line}", file=sys.stderr)
@@ -160,6 +161,12 @@ def _jobs(inputs: Sequence[str], trained: Trained, output: Path, stop: StopFlag)
         )
     found = photographs_of(trained.run, stop)
     return place([(stored, stored.name) for stored in found], output), []
+
+
+def _own_share(jobs: list[Job], complaints: list[str]) -> tuple[list[Job], list[str]]:
+    """Of several processes (torchrun, launch/slurm.py) each takes its part; they need no word between them."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return jobs[rank::size], [] if rank else complaints
 
 
 def _output_of(trained: Trained) -> Path:
