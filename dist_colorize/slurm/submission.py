@@ -152,7 +152,8 @@ def _setup(submission: Submission) -> list[str]:
 def _srun_arguments(submission: Submission) -> list[str]:
     config = submission.config
     arguments = [
-        "--kill-on-bad-exit=1",  # one rank that failed ends all, instead of leaving them to wait for it
+        # One rank that failed ends all, instead of leaving them to wait for it; post-processing waits for nobody.
+        f"--kill-on-bad-exit={0 if submission.tasks[0].module.endswith('postprocess') else 1}",
         "--cpu-bind=none",  # each rank shares out the cores of the node by itself, see distributed.session
         "--export=ALL",  # what the batch script has set, also when sbatch --export named little
     ]
