@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 FOLDERS = {
     "configs": ["*.yaml", "*/*.yaml"],
     "kernels": ["*.cu", "*.cuh"],
-    "launch": [],
+    "launch": ["*.sh", "*.sbatch"],
 }
 present = [folder for folder in FOLDERS if (HERE / folder).is_dir()]
 
