@@ -94,14 +94,12 @@ class Writer:
         self.folder, self.keep = folder, keep
         self.failure: SaveError | None = None
         """Why the last save failed; None where it did not."""
-        self.saved: int | None = None
-        """Step of the last save that did not fail, so far."""
         self.stall = 0.0
         """Seconds for which `save` has held its callers up since `read_stall` was called."""
         self._thread: threading.Thread | None = None
 
-    def save(self, step: int, state: Mapping[str, Any], best: bool = False) -> None:
-        """Copies the state; a thread then does what the function `save` does, and makes it the best one if it is.
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Copies the state; a thread then does what the function `save` does.
 
         Waits for the save before it, if that is still being written: there is never more than one copy in memory.
         Raises TypeError for a value that could not be loaded again.
@@ -110,9 +108,17 @@ class Writer:
         self.wait()
         copied = _portable(dict(state), "state")
         # No daemon: a process that ends waits for what it has promised to write.
-        self._thread = threading.Thread(target=self._write, args=(step, copied, best), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(step, copied), name="checkpoint")
         self._thread.start()
         self.stall += time.monotonic() - start
+
+    def mark_best(self, step: int) -> None:
+        """Keeps the checkpoint of this step, which was the last to be saved, until another one is the best."""
+        if self.wait() is None:
+            try:
+                link_atomically(self.folder / BEST, f"step-{step:08d}.pt")
+            except OSError as error:
+                print(f"WARNING: {_why_not_saved(self.folder / BEST, error)}", file=sys.stderr, flush=True)
 
     def wait(self) -> SaveError | None:
         """Returns when the last save is on the disk, or with the reason why it is not."""
@@ -134,17 +140,13 @@ class Writer:
     ) -> None:
         self.wait()
 
-    def _write(self, step: int, state: dict[str, Any], best: bool) -> None:
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        self.failure = None
         try:
-            path = _save(self.folder, step, state)
-            self.failure, self.saved = None, step
-            if best:
-                link_atomically(self.folder / BEST, path.name)
+            _save(self.folder, step, state)
             _prune(self.folder, step, self.keep)
         except SaveError as error:
             self.failure = error
-        except OSError as error:
-            self.failure = SaveError(_why_not_saved(self.folder / BEST, error))
         except Exception as error:  # this thread must not die unheard
             self.failure = SaveError(f"cannot save step {step}: {type(error).__name__}: {error}")
         if self.failure is not None:

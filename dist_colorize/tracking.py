@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from dist_colorize.distributed import World
 from dist_colorize.errors import Interrupted, UserError
+from dist_colorize.files import write_atomically
 
 State = Literal["running", "finished", "interrupted", "failed"]
 
@@ -66,8 +67,10 @@ def open_run(config: RunConfig, world: World, recipe_yaml: str) -> Run:
     """Decide and make the run folder on rank 0, print it there, and open it on all ranks. A collective.
 
     The folder's config.yaml becomes `recipe_yaml`; another one that is there already is kept as config.1.yaml, ...
+    Workers that `torchrun --max-restarts` starts again find the folder of their first attempt, even without `dir`.
     Raises UserError (on all ranks) when the folder cannot be made.
     """
+    attempts = _attempts_file(config)
 
     def prepare() -> str:
         digest = hashlib.blake2b(recipe_yaml.encode("utf-8", "surrogateescape"), digest_size=3).hexdigest()
@@ -77,7 +80,12 @@ def open_run(config: RunConfig, world: World, recipe_yaml: str) -> Run:
             else Path(config.root) / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}-{digest}"
         )
         try:
-            path = path if config.dir else _new_folder(path)
+            if attempts and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and attempts.exists():
+                path = Path(config.root, attempts.read_text(encoding="utf-8"))
+            elif not config.dir:
+                path = _new_folder(path)
+                if attempts:
+                    write_atomically(attempts, path.name.encode())
             for part in ("checkpoints", "tensorboard", "panels"):
                 (path / part).mkdir(parents=True, exist_ok=True)
             _write_config(path, recipe_yaml)
@@ -87,13 +95,15 @@ def open_run(config: RunConfig, world: World, recipe_yaml: str) -> Run:
         print(f"run: {path}", flush=True)
         return str(path)
 
-    return Run(Path(world.wait_for(prepare)), world.is_leader)
+    return Run(Path(world.wait_for(prepare)), world.is_leader, attempts)
 
 
 class Run:
     """The folder of one run, open on every rank; only rank 0 writes. As a context it closes with what happened."""
 
-    def __init__(self, path: Path, writes: bool) -> None:
+    def __init__(self, path: Path, writes: bool, attempts: Path | None = None) -> None:
+        """`attempts`: a file to be removed when the run has ended well."""
+        self._attempts = attempts
         self.path = path
         self.writes = writes
         self._metrics: IO[str] | None = None
@@ -155,12 +165,29 @@ class Run:
             self._scores = scores
             self._guard(self._validation, step, scores, panel)
 
+    def replaced(self, step: int, lines: list[dict[str, str]]) -> None:
+        """Append photographs that could not be used, as {"name": .., "reason": ..}, to replaced.jsonl."""
+        if self.writes:
+            text = "".join(json.dumps({"step": step} | line) + "\n" for line in lines)
+            self._guard(_append, self.path / "replaced.jsonl", text)
+
+    def replaced_before(self) -> set[str]:
+        """Names in replaced.jsonl."""
+        names = set()
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.path / "replaced.jsonl").read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a kill cut off
+                    names.add(str(json.loads(line)["name"]))
+        return names
+
     def close(self, state: State = "finished") -> None:
         """Write everything out and say in status.json how the run ended."""
         if state == "finished" and self._scores:
             self._guard(self._summary)
         self._guard(self._close)
         self._guard(self._status, state)
+        if self._attempts and state == "finished":
+            self._guard(self._attempts.unlink, True)
 
     def __enter__(self) -> Self:
         return self
@@ -257,7 +284,8 @@ class Run:
             "host": socket.gethostname(),
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        _replace(self.path / "status.json", json.dumps(facts, indent=1) + "\n")
+        # A status is renewed so often that it need not survive a power loss, and must not wait for the disk.
+        write_atomically(self.path / "status.json", json.dumps(facts, indent=1).encode() + b"\n", durable=False)
 
 
 class Progress:
@@ -384,7 +412,7 @@ def _write_config(path: Path, recipe_yaml: str) -> None:
     if current.exists() and current.read_text(encoding="utf-8") != recipe_yaml:
         number = next(n for n in range(1, sys.maxsize) if not (path / f"config.{n}.yaml").exists())
         shutil.copy2(current, path / f"config.{number}.yaml")
-    _replace(current, recipe_yaml)
+    write_atomically(current, recipe_yaml.encode())
 
 
 def _last_sign_of_life(path: Path) -> float:
@@ -402,16 +430,23 @@ def _drop_after(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    _replace(path, "".join(kept))
+    write_atomically(path, "".join(kept).encode())
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+def _attempts_file(config: RunConfig) -> Path | None:
+    """Where the attempts of one torchrun note the run folder; None where it is given or nothing starts workers again.
+
+    A hidden file in the folder of all runs. torchrun names a job by --rdzv-id, or by a random one (--standalone);
+    where it has no name, its own process is one.
+    """
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    if config.dir or job is None:
+        return None
+    if job == "none":
+        job = f"{socket.gethostname()} {os.getppid()}"
+    return Path(config.root, f".torchrun-{hashlib.blake2b(job.encode(), digest_size=6).hexdigest()}")
+
+
+def _append(path: Path, text: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)

@@ -10,19 +10,21 @@ Exit codes: 0 finished, 75 interrupted by a signal and resumable, 1 failed, 2 ba
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dist_colorize import checkpoint, config
-from dist_colorize.checkpoint import load_module
+from dist_colorize.checkpoint import SaveError, Writer, load_module
 from dist_colorize.color.gamut import BINS
 from dist_colorize.color.rebalance import class_weights, prior
 from dist_colorize.data import Loader, Order, evaluation_batches, open_photographs
 from dist_colorize.data.histogram import count_colours
+from dist_colorize.data.loader import Replaced
 from dist_colorize.distributed import StopFlag, World, session
-from dist_colorize.errors import Interrupted, UserError, run_command
-from dist_colorize.evaluation import Evaluation, evaluate, protocol, write_evaluation
+from dist_colorize.errors import Interrupted, RunFailed, UserError, run_command
+from dist_colorize.evaluation import FINAL, Evaluation, evaluate, protocol, write_evaluation
 from dist_colorize.models import METHODS, TrainingModule, build, initialise
 from dist_colorize.optimisation import Optimisation
 from dist_colorize.postprocess.stages import load_preset
@@ -73,14 +75,24 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
         initialise(network, recipe.model, loader.first(CALIBRATION).L.cpu())
     module = TrainingModule(network, METHODS[recipe.model.method](weights)).to(world.device)
     optimisation = Optimisation(module, settings, world)
+    checkpoints = Writer(run.checkpoints, recipe.checkpoint.keep)
     if state:
         optimisation.load_state_dict(state)
         torch.set_rng_state(state["rng"][world.rank % len(state["rng"])])
 
+    saved = step = int(state["step"]) if state else 0
+    best: float | None = state["best"] if state else None
+
     def validate(step: int) -> Evaluation:
+        nonlocal saved, best
         batches = evaluation_batches(validation, recipe.data, world, recipe.evaluate.batch)
         result = evaluate(optimisation.network, batches, preset, world, recipe.evaluate.pictures, stop)
         run.validation(step, result.scores, result.panel() if result.pictures else None)
+        score = result.scores[FINAL]["psnr"]
+        if step and (best is None or score > best):
+            best = score
+            saved = step if step == saved else save(step)
+            checkpoints.mark_best(step)
         return result
 
     def save(step: int) -> int:
@@ -90,20 +102,36 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
             "schedule": {"learning_rate": settings.learning_rate(step)},
             "rng": world.gather_objects(torch.get_rng_state()),
             "class_weights": weights,
+            "best": best,
             "fingerprint": training.fingerprint,
             "config": config.to_dict(recipe),
             "run": str(run.path),
         }
         if world.is_leader:
-            checkpoint.save(run.checkpoints, step, whole, recipe.checkpoint.keep)
+            checkpoints.save(step, whole)
         return step
+
+    def all_is_saved() -> None:
+        failure = world.wait_for(lambda: str(checkpoints.wait() or ""))
+        if failure:
+            raise SaveError(failure, shared=True)
+
+    replaced = world.broadcast_object(run.replaced_before())
+
+    def list_replaced(step: int, own: Sequence[Replaced]) -> None:
+        """The photographs that no rank knew to be bad before. A collective."""
+        if not world.agree(any(one.name not in replaced for one in own)):
+            return
+        fresh = {one.name: one.reason for found in world.gather_objects(list(own)) for one in found}
+        fresh = {name: reason for name, reason in fresh.items() if name not in replaced}
+        run.replaced(step, [{"name": name, "reason": reason} for name, reason in fresh.items()])
+        replaced.update(fresh)
 
     # The steps. Between two of them all ranks agree on whether to go on; what is due before a step is done first, so
     # that a run cut off there does it again when it is resumed.
-    step = saved = int(state["step"]) if state else 0
     run.resume(step)
     meter = Meter()
-    with loader, Progress("train", world, settings.steps, step) as progress:
+    with checkpoints, loader, Progress("train", world, settings.steps, step) as progress:
         batches = loader.batches(step)
         try:
             while step < settings.steps:
@@ -120,15 +148,29 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
                 meter.count(settings.global_batch)
                 progress.update(settings.global_batch, loss=loss)
                 if step % settings.log_every == 0 or step in (1, settings.steps):
-                    run.log(step, loss=loss.item(), learning_rate=settings.learning_rate(step - 1), **meter.read())
+                    list_replaced(step, loader.replaced)
+                    skipped, in_a_row = optimisation.skipped.tolist()
+                    run.log(
+                        step,
+                        loss=loss.item(),
+                        learning_rate=settings.learning_rate(step - 1),
+                        skipped=skipped,
+                        replaced=len(replaced),
+                        save_stall=checkpoints.read_stall(),
+                        **meter.read(),
+                    )
+                    check_health(recipe, in_a_row, len(replaced), len(training))
                 if step % recipe.checkpoint.every == 0 or step == settings.steps:
                     saved = save(step)
-        except Interrupted:
-            if step > saved:
+        except (Interrupted, RunFailed):
+            # What is already there is on the disk, or failed, when the next save begins.
+            if step > saved or world.wait_for(lambda: checkpoints.wait() is not None):
                 save(step)
+            all_is_saved()
             raise
+        result = validate(step)
 
-    result = validate(step)
+    all_is_saved()
     if world.is_leader:
         write_evaluation(run.path, result, protocol(recipe.data, recipe.evaluate.preset))
         print(f"{result.count} photographs:\n{result.table()}\npictures: {run.panels / 'final.png'}", flush=True)
@@ -149,7 +191,25 @@ def newest_checkpoint(run: Run, world: World) -> dict[str, Any] | None:
         return str(path)
 
     path = world.wait_for(find)
-    return None if path is None else checkpoint.load(path)
+    return None if path is None else checkpoint.load(Path(path))
+
+
+def check_health(recipe: Recipe, skipped_in_a_row: int, replaced: int, photographs: int) -> None:
+    """Raises RunFailed, on all ranks, where to go on makes no sense. The weights are those of the last good step."""
+    if skipped_in_a_row > recipe.train.max_skipped:
+        raise RunFailed(
+            f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite, more than train.max_skipped="
+            f"{recipe.train.max_skipped}; the checkpoint holds the last good weights: try train.precision=fp32 with "
+            "it, or a lower train.lr in a new run",
+            shared=True,
+        )
+    if replaced > max(1, recipe.data.max_bad * photographs):
+        raise RunFailed(
+            f"{replaced} of {photographs} photographs cannot be used any more, more than data.max_bad="
+            f"{recipe.data.max_bad:g}; see replaced.jsonl in the run folder, then mend data.root={recipe.data.root}, "
+            "or raise data.max_bad",
+            shared=True,
+        )
 
 
 def check_same_run(state: Mapping[str, Any], recipe: Recipe, fingerprint: str) -> None:

@@ -35,6 +35,8 @@ class DataConfig:
     """Batches made ready ahead of the training step."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where images are decoded; auto: where the rank trains."""
+    max_bad: float = 0.05
+    """Share of the photographs that may turn out bad during training (one always may); beyond it the run stops."""
     index_dir: str | None = None
     """Folder that keeps the index of `root`; null: the user's cache folder."""
 
@@ -53,5 +55,7 @@ class DataConfig:
             raise ValueError(f"ratio must be two numbers, 0 < least <= greatest, got {list(self.ratio)}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1 or null, got {self.threads}")
+        if not 0.0 <= self.max_bad <= 1.0:
+            raise ValueError(f"max_bad must be a share from 0 to 1, got {self.max_bad}")
         if self.prefetch < 1:
             raise ValueError(f"prefetch must be at least 1 batch, got {self.prefetch}")
