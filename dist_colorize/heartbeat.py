@@ -7,6 +7,8 @@
             raise PeerLost(heartbeat.explain(error))
 
 A thread writes a line into the process group's store every second. Nobody reads it until a collective has failed.
+Under torchrun the thread also looks whether torchrun still lives: killed, it leaves its ranks behind, and they would go
+on beside those that it starts next time. They are told to stop instead, as by SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -62,11 +66,12 @@ class Heartbeat:
         self._left: str | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         # A connection of its own: the group's one is held while it waits for a key.
         self._store = store.clone() if size > 1 else store
 
     def __enter__(self) -> Self:
-        if self._size > 1:
+        if self._size > 1 or self._launcher:
             self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
             self._thread.start()
         return self
@@ -110,18 +115,24 @@ class Heartbeat:
         return f"{told} ({reason}); {_ADVICE}"
 
     def _beat(self) -> None:
+        heard = True
         while True:
-            self._say()
+            heard = heard and self._say()  # no more once the store has gone: collectives will fail, and say why
             if self._stop.wait(SECONDS):
                 return
+            if self._launcher and os.getppid() != self._launcher:
+                self._launcher = None
+                print("torchrun has gone; stopping", file=sys.stderr, flush=True)
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    def _say(self) -> None:
+    def _say(self) -> bool:
         self._count += 1
         sign = [self._count, self.reached, time.time(), f"{socket.gethostname()}, pid {os.getpid()}", self._left]
         try:
             self._store.set(f"heartbeat/{self._rank}", json.dumps(sign))
-        except RuntimeError:  # the store has gone: this rank's own collectives will fail, and say why
-            self._stop.set()
+        except RuntimeError:
+            return False
+        return True
 
     def _read(self) -> dict[int, Sign] | None:
         """The last sign of each rank that gave one; None where the store has gone."""
