@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import shlex
 import shutil
@@ -107,6 +108,7 @@ def _executor(submission: Submission) -> _Executor:
         "ntasks_per_node": config.gpus_per_node or config.tasks_per_node,
         "gpus_per_node": config.gpus_per_node or None,
         "cpus_per_task": config.cpus_per_task,
+        "mem": None if config.mem_gb is None else f"{math.ceil(config.mem_gb * 1024)}M",
         "partition": config.partition,
         "account": config.account,
         "qos": config.qos,
@@ -124,8 +126,6 @@ def _executor(submission: Submission) -> _Executor:
         # --requeue: some clusters set JobRequeue=0
         "additional_parameters": {"requeue": True, **({"export": config.export} if config.export else {})},
     }
-    if config.mem_gb is not None:
-        asked["mem"] = config.mem_gb
     executor.update_parameters(**asked)
     return executor
 
