@@ -45,8 +45,9 @@ from dist_colorize.slurm.submission import Submission, batch_script, submit
 from dist_colorize.slurm.task import Task
 
 QUICKSTART = resource("configs", "quickstart.yaml")
+INSTALLED = "dist_colorize.launch.slurm"
 JOBS = ("train", "evaluate", "postprocess")
-ME = "python launch/slurm.py" if not __package__ else f"python -m {__package__}.slurm"
+ME = f"python {shlex.quote(sys.argv[0])}" if __name__ == "__main__" and not __package__ else f"python -m {INSTALLED}"
 
 
 @dataclasses.dataclass(frozen=True)

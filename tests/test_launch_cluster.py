@@ -319,6 +319,23 @@ def test_a_node_that_loses_power(submit: Submit, cluster: Cluster, weights: Call
 
 
 @pytest.mark.slow
+def test_a_node_that_loses_its_slurmd(submit: Submit, cluster: Cluster) -> None:
+    """SLURM gives the node up and starts the job elsewhere; the tasks that still run on it must not go on writing."""
+    job = submit("--nodes", "1", "train.steps=100000", "checkpoint.every=5")
+    job.until_steps(6)
+    node = int(job.scontrol("NodeList")[-1])
+    cluster.kill_slurmd(node)
+    try:
+        wait_for(lambda: "start 1 of this job has taken over; start 0 leaves" in job.log, 120, lambda: job.log)
+        wait_for(lambda: "back at work" in job.log, 120, lambda: job.log)
+        assert job.scontrol("NodeList") != f"node{node}"
+        job.cancel()
+    finally:
+        cluster.restart_slurmd(node)
+        cluster.wait_until_idle(120)
+
+
+@pytest.mark.slow
 def test_preemption_by_a_higher_partition(submit: Submit, cluster: Cluster, weights: Callable[..., Path]) -> None:
     job = submit("--nodes", "4", "--exclusive", LONG)
     job.until_steps(3)
@@ -364,7 +381,7 @@ def test_following_shows_progress_and_ctrl_c_leaves_the_job(
                 break
         job = re.search(r"^job: (\d+)", said, re.MULTILINE)
         assert job and f"job {job[1]}: RUNNING" in said
-        subprocess.run(["pkill", "-INT", "-f", f"run.dir={run}"], check=True)
+        subprocess.run(["pkill", "-INT", "-f", f"^{sys.executable} -u .*run.dir={run}"], check=True)
         rest = follower.stdout.read()
     assert f"the job goes on. To stop it: scancel {job[1]}" in rest
     assert follower.returncode == 75
@@ -387,6 +404,46 @@ def test_a_sweep_is_an_array_with_a_run_for_each_combination(
         "lr: 0.001" in (runs[0] / "config.yaml").read_text() and "lr: 0.0003" in (runs[1] / "config.yaml").read_text()
     )
     assert all((run / "evaluation.json").exists() for run in runs)
+
+
+@pytest.mark.slow
+def test_evaluation_and_post_processing_are_shared_out(
+    launch: Callable[..., subprocess.CompletedProcess[str]], weights: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = weights(2, LONG)
+    before = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").unlink()
+    two = [*CPUS, "--nodes", "2", "--follow", f"run.root={tmp_path}", "--job"]
+    evaluation = launch(*two, "evaluate", str(run), timeout=400)
+    assert evaluation.returncode == 0, evaluation.stdout + evaluation.stderr
+    after = json.loads((run / "evaluation.json").read_text())
+    assert after["scores"]["final"]["psnr"] == pytest.approx(before["scores"]["final"]["psnr"], rel=1e-6)
+    output = tmp_path / "out"
+    post = launch(*two, "postprocess", "--checkpoint", str(run), "--output", str(output), "--size", "32", timeout=400)
+    assert post.returncode == 0, post.stdout + post.stderr
+    assert len([path for path in output.rglob("*") if path.is_file()]) == 8
+    logs = sorted(tmp_path.glob("slurm-postprocess-*/*_log.out"))
+    assert ["4 colorized" in log.read_text() for log in logs] == [True, True]
+
+
+@pytest.mark.slow
+def test_the_batch_script_for_torchrun(
+    cluster: Cluster, environment: dict[str, str], weights: Callable[..., Path], tmp_path: Path
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "job.log"
+    options = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={log}"]
+    python = {"PATH": f"{Path(sys.executable).parent}:{cluster.environment()['PATH']}", "GPUS": "0", "RANKS": "1"}
+    command = ["sbatch", "--parsable", *options, "launch/torchrun.sbatch", *TINY, LONG, f"run.dir={run}"]
+    sent = cluster.run(command, env=environment | python, cwd=CHECKOUT)
+    assert sent.returncode == 0, sent.stderr
+    job = Job(cluster, sent.stdout.strip(), run, f"log: {tmp_path}/x_0_log.out")
+    wait_for(lambda: job.steps >= 3, 240, lambda: log.read_text() if log.exists() else "")
+    cluster.run(["scancel", "--signal=USR2", job.id])
+    wait_for(lambda: job.scontrol("JobState") in ("COMPLETED", "FAILED"), 240, lambda: log.read_text())
+    assert "interrupted, its work is saved; requeued" in log.read_text()
+    assert job.scontrol("JobState") == "COMPLETED"
+    assert_every_step_once(run, 120)
+    assert same_weights(run, weights(2, LONG))
 
 
 def test_teardown_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
