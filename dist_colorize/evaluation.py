@@ -136,7 +136,7 @@ class Evaluation:
 
 
 def _cell(value: float, low: float, high: float) -> str:
-    digits = 3 if abs(value) < 2 else 2
+    digits = 3 if abs(value) < 2 else 2 if abs(value) < 1000 else 1
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 

@@ -1,0 +1,155 @@
+"""Evaluation: the same table at any world size, padding counts nothing, classifier scores against brute force."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_colorize.color.gamut import BINS, bin_centers
+from dist_colorize.data import Batch
+from dist_colorize.errors import Interrupted, UserError
+from dist_colorize.evaluation import Evaluation, evaluate
+from dist_colorize.metrics import METRICS
+from dist_colorize.models import ModelConfig, build
+from dist_colorize.postprocess.stages import Blend, Preset, load_preset
+from dist_colorize.scoring import Scored
+
+WORKER = Path(__file__).parent / "workers" / "evaluations.py"
+
+
+def alone() -> Any:
+    """A world of one, without a process group."""
+    return SimpleNamespace(
+        device=torch.device("cpu"),
+        threads=1,
+        is_leader=True,
+        agree=lambda flag: flag,
+        gather_objects=lambda item: [item],
+    )
+
+
+def batch(count: int = 2, size: int = 32, weight: list[float] | None = None) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    lightness = torch.rand(count, 1, size, size, generator=generator) * 100
+    ab = torch.randn(count, 2, size, size, generator=generator) * 20
+    return Batch(lightness, ab, torch.tensor(weight or [1.0] * count), torch.arange(count))
+
+
+def network(method: str = "final") -> Any:
+    torch.manual_seed(0)
+    built = build(ModelConfig(method=method, width=0.0625, encoder="scratch")).eval()
+    torch.nn.init.normal_(built.head.weight, std=0.5)
+    return built
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["final", "mse"])
+def test_table_does_not_depend_on_the_world_size(
+    torchrun: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, method: str
+) -> None:
+    """Five photographs, two at a time: two ranks pad three of eight places, one rank pads one of six."""
+    found = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        done = torchrun(ranks, WORKER, folder, method)
+        assert done.returncode == 0, done.stderr
+        found.append(
+            (json.loads((folder / "evaluation.json").read_text()), json.loads((folder / "each.json").read_text()))
+        )
+    assert found[0] == found[1]
+    result, each = found[0]
+    assert [one[0] for one in each["each"]] == [0, 1, 2, 3, 4] and each["pictures"] == 2
+    assert result["protocol"]["photographs"] == 5
+    assert ("classifier" in result) == (method == "final")
+    for stage, row in result["scores"].items():
+        for name, mean in row.items():
+            if name != "auc_rebalanced":
+                assert mean == pytest.approx(np.mean([one[1][stage][name] for one in each["each"]]), rel=1e-12)
+            low, high = result["intervals"][stage][name]
+            assert low - 1e-9 <= mean <= high + 1e-9
+
+
+def test_padding_is_no_photograph() -> None:
+    preset, rarity = load_preset("final"), torch.ones(BINS)
+    padded = evaluate(network(), [batch(3, weight=[1, 1, 0])], preset, alone(), 0, None, rarity)
+    whole = evaluate(network(), [batch(3)], preset, alone(), 0, None, rarity)
+    assert padded.count == 2 and whole.count == 3
+    assert [one.scores for one in padded.photographs] == [one.scores for one in whole.photographs[:2]]
+    with pytest.raises(UserError, match="none of the validation photographs"):
+        evaluate(network(), [batch(2, weight=[0, 0])], preset, alone())
+
+
+def test_classifier_scores_equal_brute_force() -> None:
+    net, data, preset = network(), batch(), Preset(temperature=0.5)
+    result = evaluate(net, [data], preset, alone(), 0, None, torch.ones(BINS))
+    logits = net(data.L).detach().double()
+    means = data.ab.double().unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(-1, -2))
+    # [B, 2, h, w] -> [B, h, w, 1, 2] against [313, 2]
+    labels = (means.movedim(1, -1)[..., None, :] - torch.tensor(bin_centers())).square().sum(-1).argmin(-1)
+    ranks = logits.argsort(dim=1, descending=True)
+    right = ranks[:, 0] == labels
+    top5 = (ranks[:, :5] == labels[:, None]).any(1)
+    confidence = (logits / 0.5).softmax(1).amax(1)
+    assert result.classifier["top1"][0] == pytest.approx(100 * right.double().mean().item(), abs=1e-3)
+    assert result.classifier["top5"][0] == pytest.approx(100 * top5.double().mean().item(), abs=1e-3)
+    place = (confidence * 15).long().clamp(max=14)
+    error = sum(
+        (place == i).double().mean() * (confidence[place == i].mean() - right[place == i].double().mean()).abs()
+        for i in place.unique().tolist()
+    )
+    value, low, high = result.classifier["ece"]
+    assert value == pytest.approx(100 * float(error), abs=1e-3) and low <= high
+
+
+def test_a_regressor_has_no_stage_of_doubt() -> None:
+    """Its confidence is 1 everywhere: blending and repair leave every bit, and there are no classifier scores."""
+    result = evaluate(network("mse"), [batch()], load_preset("final"), alone(), 2, None, torch.ones(BINS))
+    assert result.scores["raw"] == result.scores["final"] and result.scores["raw"] != result.scores["gray"]
+    assert not result.classifier
+    assert all((one.confidence == 255).all() for one in result.photographs if one.confidence is not None)
+
+
+def test_every_metric_is_explained_and_quick_validation_is_psnr_and_mse() -> None:
+    preset = load_preset("final")
+    thorough = evaluate(network(), [batch()], preset, alone(), 0, None, torch.ones(BINS))
+    assert list(thorough.scores) == ["gray", "raw", "blended", "final"]
+    assert {*thorough.scores["raw"], *thorough.classifier} == METRICS.keys()
+    quick = evaluate(network(), [batch()], preset, alone())
+    assert set(quick.scores["raw"]) == {"psnr", "mse"}
+    assert quick.scores["raw"]["psnr"] == thorough.scores["raw"]["psnr"]
+    lines = thorough.table().splitlines()
+    assert len(lines) == 1 + len(METRICS) and max(map(len, lines)) <= 120
+
+
+def test_rebalanced_auc_weighs_photographs_by_the_rarity_of_their_colours() -> None:
+    rows = [
+        Scored(i, {"raw": {"auc_rebalanced": v, "auc": v}}, rarity=r) for i, (v, r) in enumerate([(50, 3), (90, 1)])
+    ]
+    assert Evaluation(rows).scores == {"raw": {"auc_rebalanced": 60.0, "auc": 70.0}}
+
+
+def test_stages_of_one_name_are_told_apart() -> None:
+    preset = Preset(stages=(Blend(), Blend(sigma=1), Blend()))
+    result = evaluate(network(), [batch()], preset, alone())
+    assert list(result.scores) == ["gray", "raw", "blended", "blended2", "final"]
+
+
+def test_a_signal_ends_the_evaluation_between_batches() -> None:
+    stop = SimpleNamespace(requested=False)
+
+    def batches() -> Iterator[Batch]:
+        yield batch()
+        stop.requested = True
+        yield batch()
+
+    with pytest.raises(Interrupted, match="during evaluation"):
+        evaluate(network(), batches(), load_preset("none"), alone(), 0, stop)
