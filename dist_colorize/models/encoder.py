@@ -40,6 +40,7 @@ class Encoder(nn.Module):
                 channels = out
             self.blocks.append(block)
         for convolution in self.convolutions():
+            assert convolution.bias is not None
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
             nn.init.zeros_(convolution.bias)
 
