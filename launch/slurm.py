@@ -24,6 +24,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import shlex
 import shutil
 import sys
@@ -102,7 +103,11 @@ def _training(options: argparse.Namespace) -> Plan:
     texts, tasks = {}, []
     for run, recipe in zip(runs, recipes, strict=True):
         file = run / "slurm" / stamp / "recipe.yaml"
-        own = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, dir=str(run)))
+        own = dataclasses.replace(
+            recipe,
+            run=dataclasses.replace(recipe.run, dir=str(run)),
+            slurm=dataclasses.replace(recipe.slurm, dependency=None),  # of this submission, not of a later one
+        )
         texts[file] = config.dump(own)
         tasks.append(Task("dist_colorize.train", ("--config", str(file)), str(folder), slurm.interface))
     code = code_root() if options.no_snapshot else folder / "code"
@@ -146,8 +151,8 @@ def _require_free(run: Path, slurm: SlurmConfig) -> None:
     """Raise UserError when a job still waits or runs for this run folder: two would spoil each other's files."""
     jobs = [job for file in run.glob("slurm/*/jobs.json") for job in json.loads(file.read_text())]
     still = follow.alive(jobs)
-    if still and not slurm.dependency:
-        numbers = [job.split()[0] for job in still]
+    numbers = [job.split()[0] for job in still]
+    if not all(number in re.findall(r"[\d_]+", slurm.dependency or "") for number in numbers):
         raise UserError(
             f"run.dir={run}: job {', '.join(still)} works on it; stop it with scancel {' '.join(numbers)}, or queue up "
             f"behind it with --dependency afterany:{':'.join(numbers)}"

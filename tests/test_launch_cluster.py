@@ -337,7 +337,7 @@ def test_a_node_that_loses_its_slurmd(submit: Submit, cluster: Cluster) -> None:
 
 @pytest.mark.slow
 def test_preemption_by_a_higher_partition(submit: Submit, cluster: Cluster, weights: Callable[..., Path]) -> None:
-    job = submit("--nodes", "4", "--exclusive", LONG)
+    job = submit("--nodes", "2", "--exclusive", LONG)
     job.until_steps(3)
     high = cluster.run(["sbatch", "--partition=high", "--nodes=4", "--exclusive", "--wrap", "sleep 3"])
     assert high.returncode == 0, high.stderr
@@ -346,7 +346,7 @@ def test_preemption_by_a_higher_partition(submit: Submit, cluster: Cluster, weig
     stopped, resumed = re.search(r"after step (\d+)", job.log), re.search(r"resuming from .*, step (\d+)", job.log)
     assert stopped and resumed and stopped[1] == resumed[1]
     assert_every_step_once(job.run, 120)
-    assert same_weights(job.run, weights(4, LONG))
+    assert same_weights(job.run, weights(2, LONG))
 
 
 # ---------------------------------------------------------------- around the job
@@ -355,7 +355,7 @@ def test_preemption_by_a_higher_partition(submit: Submit, cluster: Cluster, weig
 def test_a_run_folder_belongs_to_one_job(
     submit: Submit, launch: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    job = submit("--nodes", "1", "--dependency", "singleton", "train.steps=100000")
+    job = submit("--nodes", "1", "train.steps=100000")
     second = launch(*CPUS, f"run.dir={job.run}")
     assert second.returncode == 2
     assert f"job {job.id}" in second.stderr and f"scancel {job.id}" in second.stderr
