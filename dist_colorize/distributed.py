@@ -180,6 +180,8 @@ def session(config: DistributedConfig) -> Iterator[World]:
     store: dist.Store = dist.HashStore()
     if "RANK" in os.environ:
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        # Workers that torchrun starts again meet in the store of the first attempt: what is written there is outdated.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size} ranks", store)
 
     device = own_device(config, environment["LOCAL_RANK"])
     backend = _agreed_backend(config, _exchange(store, rank, size, _identity(device)))
