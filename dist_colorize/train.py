@@ -170,10 +170,10 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
             raise
         result = validate(step)
 
-    all_is_saved()
     if world.is_leader:
         write_evaluation(run.path, result, protocol(recipe.data, recipe.evaluate.preset))
         print(f"{result.count} photographs:\n{result.table()}\npictures: {run.panels / 'final.png'}", flush=True)
+    all_is_saved()
     return result
 
 
