@@ -12,6 +12,7 @@
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 JOB=${JOB:-$SLURM_JOB_ID}
 STARTS=${SLURM_RESTART_COUNT:-0}
+IDLE=10 # interruptions in a row without progress: a warning that comes before training has begun, every time
 
 say() { echo "[$(date '+%F %T')] job $JOB: $*"; }
 
@@ -52,15 +53,16 @@ end() {
   if [[ $state != RUNNING && $state != SIGNALING ]]; then
     give_up "$why; it was ended from outside (${state:-gone})" "$code"
   fi
-  if [[ $why == failed* ]]; then
-    newest=$(readlink "$RUN/checkpoints/latest")
-    [[ -f $NOTES/$SLURM_JOB_ID.failures ]] && read -r count at <"$NOTES/$SLURM_JOB_ID.failures"
-    [[ $at == "$newest" ]] || count=0
-    if ((count >= RETRIES)); then
-      give_up "$why, for the $((count + 1)). time without a new checkpoint (slurm.retries=$RETRIES)" "$code"
-    fi
-    echo "$((count + 1)) $newest" >"$NOTES/$SLURM_JOB_ID.failures"
+  # Ends in a row between which there was no new checkpoint. Only training has some; other commands come back anyhow.
+  newest=$(readlink "$RUN/checkpoints/latest")
+  [[ -f $NOTES/$SLURM_JOB_ID.idle ]] && read -r count at <"$NOTES/$SLURM_JOB_ID.idle"
+  [[ $at == "$newest" ]] || count=0
+  if [[ $why == failed* ]] && ((count >= RETRIES)); then
+    give_up "$why, for the $((count + 1)). time without a new checkpoint (slurm.retries=$RETRIES)" "$code"
+  elif [[ -n $RUN ]] && ((count >= IDLE)); then
+    give_up "$why, for the $((count + 1)). time without progress; is slurm.warning longer than the time limit?" "$code"
   fi
+  echo "$((count + 1)) $newest" >"$NOTES/$SLURM_JOB_ID.idle"
   if ((STARTS >= REQUEUES)); then
     give_up "$why; its budget of $REQUEUES requeues is spent (slurm.requeues)" "$code"
   fi

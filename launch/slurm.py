@@ -64,7 +64,7 @@ class Plan:
 def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     options, command = _parse(given)
-    plan = _training(options) if options.job == "train" else _command(options, command, given)
+    plan = _training(options, given) if options.job == "train" else _command(options, command, given)
     submission = plan.submission
     if options.dry_run:
         _show(submission)
@@ -86,12 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------- what to submit
 
 
-def _training(options: argparse.Namespace) -> Plan:
+def _training(options: argparse.Namespace, given: list[str]) -> Plan:
     """One run, or one run for each combination of --sweep."""
     swept = sweep.combinations(options.sweep) if options.sweep else [[]]
     recipes = [config.load(Recipe, options.config, [*options.overrides, *more]) for more in swept]
     slurm = partition.resolve(recipes[0].slurm)
-    if options.config == QUICKSTART and not any("train.global_batch=" in o for o in options.overrides):
+    if options.config == QUICKSTART and "train.global_batch=" not in " ".join(given):
         recipes = [_shared_by(recipe, partition.tasks(slurm)) for recipe in recipes]
     for recipe in recipes:
         recipe.train.local_batch(partition.tasks(slurm))  # an error now, not when the job has waited for a day
@@ -112,8 +112,10 @@ def _training(options: argparse.Namespace) -> Plan:
         tasks.append(Task("dist_colorize.train", ("--config", str(file)), str(folder), slurm.interface))
     code = code_root() if options.no_snapshot else folder / "code"
     name = recipes[0].run.name
+    roots = [root for recipe in recipes for root in (recipe.data.root, recipe.data.val_root) if root]
+    data = [Path(root).absolute() for root in dict.fromkeys(roots) if Path(root).exists()]
     resumes = [f"{ME} {shlex.quote(f'run.dir={run}')}" for run in runs]
-    submission = Submission(slurm, name, folder, code, tasks, list(runs), resumes)
+    submission = Submission(slurm, name, folder, code, tasks, list(runs), resumes, data)
     return Plan(submission, texts, not options.no_snapshot)
 
 
@@ -149,8 +151,7 @@ def _run_folder(recipe: Recipe) -> Path:
 
 def _require_free(run: Path, slurm: SlurmConfig) -> None:
     """Raise UserError when a job still waits or runs for this run folder: two would spoil each other's files."""
-    jobs = [job for file in run.glob("slurm/*/jobs.json") for job in json.loads(file.read_text())]
-    still = follow.alive(jobs)
+    still = follow.alive([file.read_text().strip() for file in run.glob("slurm/*/job")])
     numbers = [job.split()[0] for job in still]
     if not all(number in re.findall(r"[\d_]+", slurm.dependency or "") for number in numbers):
         raise UserError(
@@ -173,13 +174,16 @@ def _submit(plan: Plan) -> list[str]:
             file.write_text(text, encoding="utf-8")
         if plan.snapshot:
             take_snapshot(submission.code)
-        return submit(submission)
+        jobs = submit(submission)
     except BaseException as error:
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)
         if isinstance(error, OSError):
             raise UserError(f"cannot write {submission.folder}: {error.strerror or error}; set run.root") from error
         raise
+    for file, job in zip(plan.recipes, jobs, strict=False):  # commands other than training have no recipe
+        (file.parent / "job").write_text(f"{job}\n")
+    return jobs
 
 
 def _show(submission: Submission) -> None:

@@ -381,6 +381,15 @@ def test_failures_count_while_there_is_no_new_checkpoint(script: Script, tmp_pat
     assert (code, requeued) == (137, "") and "for the 2. time without a new checkpoint (slurm.retries=1)" in words
 
 
+def test_interruptions_without_any_progress_end_as_well(script: Script, tmp_path: Path) -> None:
+    """As with a warning that is longer than the time limit."""
+    told = [script(75, restarts=n, requeues=100) for n in range(11)]
+    assert [requeued for _, _, requeued in told] == ["requeue 77"] * 10 + [""]
+    assert "for the 11. time without progress" in told[-1][0]
+    (tmp_path / "run" / "checkpoints" / "latest").symlink_to("step-5.pt")
+    assert script(75, restarts=11, requeues=100)[2] == "requeue 77"
+
+
 def test_torchrun_hides_the_exit_code_but_the_run_folder_tells(script: Script, tmp_path: Path) -> None:
     status = tmp_path / "run" / "status.json"
     status.parent.mkdir()

@@ -36,7 +36,7 @@ class SlurmConfig:
     dependency: str | None = None
     """Jobs to wait for, as for sbatch: "afterok:123"."""
     container_image: str | None = None
-    """Image that tasks run in, for clusters with the pyxis plugin; the working folder is mounted at its own path."""
+    """Image for the tasks (pyxis plugin); working folder, run folder and photographs keep their paths in it."""
     python: str | None = None
     """Python of the tasks; null: the one that submits, in a container python3."""
     export: str | None = None

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from submitit.core.core import Job
@@ -51,6 +50,8 @@ class Submission:
     """The run folder of each of `tasks`, where it has one."""
     resumes: list[str]
     """The command that resumes each of `tasks` by hand."""
+    data: list[Path] = field(default_factory=list)
+    """Folders that a container must show besides the working folder and the run folders."""
 
     def log(self, job: str, rank: int = 0) -> Path:
         """What a task of `job` prints; that of rank 0 holds the batch script's own words too."""
@@ -87,12 +88,10 @@ def submit(submission: Submission) -> list[str]:
     words = io.StringIO()
     try:
         with _outside_of_jobs(), contextlib.redirect_stderr(words):
-            jobs = [job.job_id for job in _executor(submission).submit_all(submission.tasks)]
+            return [job.job_id for job in _executor(submission).submit_all(submission.tasks)]
     except (FailedJobError, FailedSubmissionError) as error:
         said = (str(error) or words.getvalue()).strip()
         raise UserError(f"the cluster refused the job; sbatch says:\n{said}") from None
-    (submission.folder / "jobs.json").write_text(json.dumps(jobs) + "\n")
-    return jobs
 
 
 def _executor(submission: Submission) -> _Executor:
@@ -160,7 +159,7 @@ def _srun_arguments(submission: Submission) -> list[str]:
     if config.cpus_per_task:
         arguments.append(f"--cpus-per-task={config.cpus_per_task}")  # since 22.05 srun does not take it from sbatch
     if config.container_image:
-        shared = dict.fromkeys(str(p) for p in (Path.cwd(), submission.folder, *submission.runs) if p)
+        shared = dict.fromkeys(str(p) for p in (Path.cwd(), submission.folder, *submission.runs, *submission.data) if p)
         arguments.append(f"--container-image={config.container_image}")
         arguments.append("--container-mounts=" + ",".join(f"{path}:{path}" for path in shared))
         arguments.append(f"--container-workdir={Path.cwd()}")
