@@ -10,6 +10,7 @@ import random
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from conftest import rank_environment
 
 from dist_colorize import checkpoint
-from dist_colorize.checkpoint import CheckpointConfig, SaveError, load, load_module, newest, save
+from dist_colorize.checkpoint import CheckpointConfig, SaveError, Writer, load, load_module, newest, save
 from dist_colorize.errors import UserError
 
 
@@ -417,3 +418,91 @@ def test_a_kill_at_any_moment_loses_nothing(tmp_path: Path, mode: str) -> None:
     _, cuts, _, steps = done.stdout.split()
     assert int(cuts) >= 40
     assert int(steps) >= 10
+
+
+# ---------------------------------------------------------------- in the background
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Nothing is written before the event is set."""
+    ready = threading.Event()
+    genuine = checkpoint._write
+
+    def write(path: Path, state: dict[str, Any]) -> None:
+        assert ready.wait(30)
+        genuine(path, state)
+
+    monkeypatch.setattr(checkpoint, "_write", write)
+    return ready
+
+
+def test_save_returns_before_the_disk_does_and_what_changes_then_is_not_saved(
+    tmp_path: Path, slow_disk: threading.Event
+) -> None:
+    state = state_at(1)
+    with Writer(tmp_path, keep=3) as writer:
+        writer.save(1, state)
+        state["model"]["weight"].zero_()
+        state["optimizer"]["state"][0]["exp_avg"].add_(1)
+        state["rng"].append("later")
+        assert newest(tmp_path) is None
+        slow_disk.set()
+    is_state(load(tmp_path / "latest"), 1)
+
+
+def test_there_is_never_more_than_one_save_under_way_and_waiting_counts_as_stall(
+    tmp_path: Path, slow_disk: threading.Event
+) -> None:
+    with Writer(tmp_path, keep=2) as writer:
+        writer.save(1, state_at(1))
+        assert writer.read_stall() < 0.5
+        threading.Timer(0.6, slow_disk.set).start()
+        for step in (2, 3):
+            writer.save(step, state_at(step))
+        assert load(tmp_path / "step-00000002.pt")["step"] == 2
+        assert writer.read_stall() > 0.5
+        assert writer.read_stall() == 0
+    assert names(tmp_path) == ["latest", "step-00000002.pt", "step-00000003.pt"]
+
+
+def test_a_failed_save_is_told_kept_and_overcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, state: dict[str, Any]) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Writer(tmp_path, keep=1) as writer:
+        writer.save(1, state_at(1))
+        assert writer.wait() is None
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_write", full)
+            writer.save(2, state_at(2))
+            assert "No space left" in str(writer.wait())
+        assert "WARNING: cannot save" in capsys.readouterr().err
+        assert names(tmp_path) == ["latest", "step-00000001.pt"]
+        writer.save(3, state_at(3))
+        assert writer.wait() is None
+    assert names(tmp_path) == ["latest", "step-00000003.pt"]
+
+
+def test_the_best_one_stays_until_another_is_better(tmp_path: Path) -> None:
+    with Writer(tmp_path, keep=1) as writer:
+        for step in range(1, 7):
+            writer.save(step, state_at(step))
+            if step in (2, 5):
+                writer.mark_best(step)
+            writer.wait()
+            found = [int(name[5:13]) for name in names(tmp_path) if name.startswith("step")]
+            # the former best goes with the save after the one that was found better
+            assert found == {1: [1], 2: [2], 3: [2, 3], 4: [2, 4], 5: [2, 5], 6: [5, 6]}[step]
+    assert (tmp_path / "best").readlink() == Path("step-00000005.pt")
+
+
+def test_steps_decide_which_is_newest_not_clocks(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        os.utime(save(tmp_path, step, state_at(step), keep=2), (2e9 - 1e6 * step, 2e9 - 1e6 * step))
+    assert names(tmp_path) == ["latest", "step-00000002.pt", "step-00000003.pt"]
+    found = newest(tmp_path)
+    assert found is not None
+    assert found[0]["step"] == 3

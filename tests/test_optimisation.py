@@ -105,3 +105,15 @@ def test_global_batch_must_be_shared_evenly() -> None:
 def test_impossible_values_name_the_field(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TrainConfig(**wrong)
+
+
+def test_nan_on_one_rank_skips_the_step_on_all(torchrun: Torchrun, tmp_path: Path, alone: dict[str, Any]) -> None:
+    """Rank 1 alone sees NaN, in the second step: all ranks have the weights of the first and third then."""
+    found = run(torchrun, tmp_path, 2, "fp32", "1", "null", "poison")
+    assert found["skipped"] == [[0, 0], [1, 1], [1, 0]]
+    assert found["losses"][0] == pytest.approx(alone["losses"][0], rel=2e-5)
+    assert found["losses"][1] != found["losses"][1]
+    assert all(torch.isfinite(weight).all() for weight in found["model"].values())
+    for mine in found["weights_of_all"]:
+        assert furthest(mine, found["model"]) == 0
+    assert furthest(found["before"], found["after"]) == 0

@@ -1,4 +1,7 @@
-"""Three optimizer steps on a fixed global batch, whatever the world size; rank 0 saves losses and weights."""
+"""Three optimizer steps on a fixed global batch, whatever the world size; rank 0 saves losses and weights.
+
+With `poison` as the fourth override the last rank has NaN in its share of the second step.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +31,22 @@ def main(result: str, *overrides: str) -> None:
         optimisation = Optimisation(TrainingModule(network, objective), train, world)
         local = train.local_batch(world.size)
         mine = slice(world.rank * local, (world.rank + 1) * local)
-        losses = []
+        losses, skipped, weights = [], [], []
         for step in range(3):
             lightness = torch.rand(8, 1, 32, 32, generator=generator) * 100
             # ranks differ in how rare their colours are: a mean of the ranks' means would show
             ab = torch.randn(8, 2, 32, 32, generator=generator) * torch.linspace(2, 40, 8).view(8, 1, 1, 1)
+            if overrides[3:] and step == 1 and world.rank == world.size - 1:
+                ab[mine] *= float("nan")
             losses.append(optimisation.step(step, lightness[mine], ab[mine]).item())
+            skipped.append(optimisation.skipped.tolist())
+            weights.append({name: value.clone() for name, value in network.state_dict().items()})
+        weights_of_all = world.gather_objects(weights[-1])
         if world.is_leader:
             state = optimisation.state_dict()
-            torch.save({"losses": losses, "model": state["model"], "ema": state["ema"]}, result)
+            saved = {"losses": losses, "model": state["model"], "ema": state["ema"], "skipped": skipped}
+            saved |= {"before": weights[0], "after": weights[1], "weights_of_all": weights_of_all}
+            torch.save(saved, result)
 
 
 def eval_or_text(text: str) -> object:

@@ -1,0 +1,378 @@
+"""Faults injected into whole training runs, in this process: what was cut off ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from test_train import TINY, assert_same_bits, last_state, losses
+
+from dist_colorize import checkpoint, train
+from dist_colorize.checkpoint import SaveError
+from dist_colorize.distributed import StopFlag, World
+from dist_colorize.errors import FAILURE, Interrupted, RunFailed
+from dist_colorize.optimisation import Optimisation
+
+Run = Callable[..., None]
+SETTINGS = {
+    "fp32": ["train.precision=fp32"],
+    "bf16, accumulated, averaged": ["train.precision=bf16", "train.micro_batch=3", "train.ema=0.9"],
+}
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One cache for all tests; signal handlers as they were."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    handlers = {number: signal.getsignal(number) for number in StopFlag.SIGNALS}
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def make_photographs(folder: Path, number: int) -> Path:
+    """12 of them are one and a half steps of 8: every other epoch ends with a step."""
+    folder.mkdir()
+    generator = random.Random(3)
+    for i in range(number):
+        size = (48 + 2 * i, 60)
+        Image.frombytes("RGB", size, generator.randbytes(3 * size[0] * size[1])).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    return make_photographs(tmp_path / "photographs", 12)
+
+
+@pytest.fixture
+def run(tmp_path: Path, photographs: Path) -> Run:
+    """`run(folder, *overrides)`: six tiny steps in this process, unless the overrides say otherwise."""
+    validation = make_photographs(tmp_path / "validation", 2)
+
+    def start(folder: Path | None, *overrides: str) -> None:
+        where = [f"run.dir={folder}"] if folder else []
+        train.main([*TINY, f"data.root={photographs}", f"data.val_root={validation}", *where, *overrides])
+
+    return start
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation takes no time, for tests of something else."""
+    scored(monkeypatch, itertools.repeat(1.0))
+
+
+def scored(monkeypatch: pytest.MonkeyPatch, values: Iterator[float]) -> None:
+    def evaluate(*args: Any) -> SimpleNamespace:
+        return SimpleNamespace(
+            scores={"final": {"psnr": next(values)}}, pictures=[], count=2, table=lambda: "a table of scores"
+        )
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "write_evaluation", lambda folder, *args: (folder / "evaluation.json").touch())
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, action: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
+    """`action(step, ab)` runs before each step, counted from 0, and returns the ab that is trained on."""
+    genuine = Optimisation.step
+    monkeypatch.setattr(
+        Optimisation, "step", lambda self, number, L, ab: genuine(self, number, L, action(number, ab.clone()))
+    )
+
+
+# ---------------------------------------------------------------- interrupted == uninterrupted
+
+
+class Cut:
+    """Sends this process a real signal when it enters its n-th collective: waiting, counting, a step, a validation."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.at, self.signal = 0, 0, signal.SIGTERM
+        genuine = World._reduce
+
+        def counted(world: World, tensor: torch.Tensor, operation: Any) -> torch.Tensor:
+            self.count += 1
+            if self.count == self.at:
+                os.kill(os.getpid(), self.signal)
+            return genuine(world, tensor, operation)
+
+        monkeypatch.setattr(World, "_reduce", counted)
+
+    def after(self, collectives: int, number: signal.Signals) -> None:
+        self.count, self.at, self.signal = 0, collectives, number
+
+
+def cut_and_resume(
+    run: Run, whole: Path, folder: Path, settings: list[str], cut: Cut, points: Callable[[], int]
+) -> int:
+    """Interrupts the run at each point until it ends of itself; compares it with the whole one; returns the cuts."""
+    cuts = 0
+    while True:
+        number = StopFlag.SIGNALS[cuts % len(StopFlag.SIGNALS)]
+        cut.after(points(), number)
+        try:
+            run(folder, *settings)
+            break
+        except Interrupted:
+            cuts += 1
+            assert json.loads((folder / "status.json").read_text())["state"] == "interrupted"
+    cut.after(0, signal.SIGTERM)
+    assert losses(folder) == losses(whole)
+    one, other = last_state(folder), last_state(whole)
+    assert one.pop("run") != other.pop("run")
+    for state in (one, other):
+        state["config"].pop("run")
+    assert_same_bits(one, other)
+    return cuts
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_run_cut_at_random_collectives_ends_to_the_bit_like_a_whole_one(
+    run: Run, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = Cut(monkeypatch)
+    run(tmp_path / "whole", *settings)
+    generator, total = random.Random(1), cut.count
+    points = iter([2, total // 2, *(generator.randrange(4, total) for _ in range(3))])  # the first: waiting for rank 0
+    cuts = cut_and_resume(run, tmp_path / "whole", tmp_path / "cut", settings, cut, lambda: next(points, 10**9))
+    assert cuts >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_run_cut_at_every_collective_ends_to_the_bit_like_a_whole_one(
+    run: Run, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting for rank 0, counting colours (the cache of the counts is removed), first step, end of an epoch (the third
+    step), validation, last step, final evaluation."""
+    cut = Cut(monkeypatch)
+    run(tmp_path / "whole", *settings)
+    total, cuts = cut.count, 0
+    for first in range(1, total + 1):
+        for cached in Path(os.environ["XDG_CACHE_HOME"]).glob("**/colours/*.npy"):
+            cached.unlink()
+        points = iter([first])
+        folder = tmp_path / f"cut-{first}"
+        cuts += cut_and_resume(
+            run, tmp_path / "whole", folder, settings, cut, lambda points=points: next(points, 10**9)
+        )
+    assert cuts >= total - 3  # after the last look at the flag a signal comes too late
+
+
+# ---------------------------------------------------------------- disks
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A disk that refuses the checkpoints of the steps in `full`."""
+    state: dict[str, Any] = {"full": ()}
+    genuine = checkpoint._write
+
+    def write(path: Path, content: dict[str, Any]) -> None:
+        if content["step"] in state["full"]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        genuine(path, content)
+
+    monkeypatch.setattr(checkpoint, "_write", write)
+    return state
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_training_goes_on_when_a_save_fails_and_the_next_one_is_made(
+    run: Run, quick: None, tmp_path: Path, disk: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "whole", "train.validate_every=0", "checkpoint.every=2")
+    disk["full"] = (4,)
+    run(tmp_path / "run", "train.validate_every=0", "checkpoint.every=2")
+    told = capsys.readouterr().err
+    assert told.count("WARNING: cannot save") == 1 and "step-00000004.pt: No space left on device" in told
+    assert "older checkpoints are untouched" in told and "trying again at the next checkpoint" in told
+    assert checkpoints(tmp_path / "run") == ["best", "latest", "step-00000002.pt", "step-00000006.pt"]
+    assert_same_bits(last_state(tmp_path / "run")["model"], last_state(tmp_path / "whole")["model"])
+
+
+def test_when_the_last_save_fails_the_run_says_so_and_keeps_the_older_one(
+    run: Run, quick: None, tmp_path: Path, disk: dict[str, Any]
+) -> None:
+    disk["full"] = (6,)
+    with pytest.raises(SaveError, match=r"step-00000006.pt: No space left .* older checkpoints are untouched") as error:
+        run(tmp_path / "run", "train.validate_every=0")
+    assert error.value.code == FAILURE
+    assert (tmp_path / "run" / "evaluation.json").exists()  # what could be had
+    assert last_state(tmp_path / "run")["step"] == 3
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    disk["full"] = ()
+    run(tmp_path / "run", "train.validate_every=0")
+    assert last_state(tmp_path / "run")["step"] == 6
+
+
+def test_an_interrupted_run_tries_again_what_failed_before(
+    run: Run, quick: None, tmp_path: Path, disk: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The save of step 3 failed and no step was made since: the last one before leaving must be made all the same."""
+
+    def stop(step: int, ab: torch.Tensor) -> torch.Tensor:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ab
+
+    at_step(monkeypatch, stop)
+    failing = iter([True])
+    genuine = checkpoint._write
+
+    def once(path: Path, content: dict[str, Any]) -> None:
+        disk["full"] = (3,) if next(failing, False) else ()
+        genuine(path, content)
+
+    monkeypatch.setattr(checkpoint, "_write", once)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run")
+    assert last_state(tmp_path / "run")["step"] == 3
+
+
+def test_the_best_checkpoint_stays(run: Run, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored(monkeypatch, iter([5.0, 7.0, 6.0, 4.0, 3.0, 2.0]))
+    often = ["train.validate_every=1", "checkpoint.every=100", "checkpoint.keep=1"]
+    cut = iter([False] * 3 + [True])
+
+    def stop(step: int, ab: torch.Tensor) -> torch.Tensor:
+        if next(cut, False):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ab
+
+    at_step(monkeypatch, stop)
+    with pytest.raises(Interrupted):  # after step 4, validated after steps 1, 2, 3
+        run(tmp_path / "run", *often)
+    assert checkpoints(tmp_path / "run") == ["best", "latest", "step-00000002.pt", "step-00000004.pt"]
+    run(tmp_path / "run", *often)  # validates after steps 4, 5 and 6, all worse than the best before the interruption
+    assert checkpoints(tmp_path / "run") == ["best", "latest", "step-00000002.pt", "step-00000006.pt"]
+    assert (tmp_path / "run" / "checkpoints" / "best").readlink() == Path("step-00000002.pt")
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_a_batch_of_nan_changes_nothing_and_is_counted(
+    run: Run, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[Mapping[str, torch.Tensor]] = []
+    genuine = Optimisation.step
+
+    def step(self: Optimisation, number: int, L: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
+        loss = genuine(self, number, L, ab * (float("nan") if number in (2, 3) else 1))
+        moments = {f"{i}.{k}": v for i, (_, s) in enumerate(self.adam.state.items()) for k, v in s.items()}
+        states.append({k: v.clone() for k, v in (self.module.network.state_dict() | moments).items()})
+        return loss
+
+    monkeypatch.setattr(Optimisation, "step", step)
+    run(tmp_path / "run", "train.validate_every=0")
+    assert_same_bits(states[2], states[1])
+    assert_same_bits(states[3], states[1])
+    assert any(not torch.equal(states[4][name], states[3][name]) for name in states[4])
+    assert all(torch.isfinite(tensor).all() for tensor in states[-1].values())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 2, 2, 2]
+    assert [line["loss"] is None for line in lines] == [False, False, True, True, False, False]
+
+
+def test_nothing_but_nan_stops_the_run_with_the_last_good_weights(
+    run: Run, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, lambda step, ab: ab * float("inf") if step >= 2 else ab)
+    with pytest.raises(RunFailed, match=r"3 steps in a row had a loss .* train.max_skipped=2.* train.lr") as error:
+        run(tmp_path / "run", "train.max_skipped=2", "train.steps=20", "checkpoint.every=2", "train.validate_every=0")
+    assert error.value.code == FAILURE
+    state = last_state(tmp_path / "run")
+    assert state["step"] == 5 and state["skipped"].tolist() == [3, 3]
+    good = checkpoint.load(tmp_path / "run" / "checkpoints" / "step-00000002.pt")
+    assert_same_bits(state["model"], good["model"])
+    assert_same_bits(state["optimizer"]["state"], good["optimizer"]["state"])
+
+
+# ---------------------------------------------------------------- photographs
+
+
+def going_bad(names: list[str], photographs: Path) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    def damage(step: int, ab: torch.Tensor) -> torch.Tensor:
+        if step == 1:
+            for name in names:
+                path = photographs / name
+                path.write_bytes(path.read_bytes()[:300]) if name != "0.png" else path.unlink()
+        return ab
+
+    return damage
+
+
+def test_photographs_that_go_bad_are_listed_once_and_training_goes_on(
+    run: Run, quick: None, tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, going_bad(["0.png", "1.png"], photographs))
+    data = ["data.max_bad=0.2", "train.validate_every=0", "train.steps=8"]
+    run(tmp_path / "run", *data)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "replaced.jsonl").read_text().splitlines()]
+    assert sorted(line["name"] for line in lines) == ["0.png", "1.png"]
+    assert {line["name"]: "cannot be read" in line["reason"] for line in lines}["0.png"]
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["replaced"] == 0 and metrics[-1]["replaced"] == 2
+    assert list(losses(tmp_path / "run")) == list(range(1, 9))
+
+
+def test_too_many_bad_photographs_stop_the_run(
+    run: Run, quick: None, tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, going_bad(["0.png", "1.png", "2.png"], photographs))
+    data = ["data.max_bad=0.2", "train.validate_every=0", "train.steps=100"]
+    with pytest.raises(RunFailed, match=r"3 of 12 photographs .* data.max_bad=0.2; see replaced.jsonl"):
+        run(tmp_path / "run", *data)
+    assert last_state(tmp_path / "run")["step"] == max(losses(tmp_path / "run"))
+
+
+# ---------------------------------------------------------------- torchrun starts workers again
+
+
+def test_restarted_workers_find_the_folder_of_their_first_attempt(
+    run: Run, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Crash(Exception):
+        pass
+
+    def crash(step: int, ab: torch.Tensor) -> torch.Tensor:
+        if step == 4:
+            raise Crash
+        return ab
+
+    def attempt(job: str, number: int) -> None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
+        run(None, f"run.root={tmp_path}")
+
+    with monkeypatch.context() as patch:
+        at_step(patch, crash)
+        with pytest.raises(Crash):
+            attempt("job", 0)
+        with pytest.raises(Crash):
+            attempt("another", 0)
+    first, second = sorted((path for path in tmp_path.glob("colorize-*")), key=lambda path: path.stat().st_mtime)
+    attempt("job", 1)
+    assert sorted(tmp_path.glob("colorize-*")) == sorted([first, second])
+    assert last_state(first)["step"] == 6 and last_state(second)["step"] == 4
+    assert len(list(tmp_path.glob(".torchrun-*"))) == 1  # that of the other job
+    attempt("job", 0)  # the same name later is another job
+    assert len(list(tmp_path.glob("colorize-*"))) == 3

@@ -1,0 +1,157 @@
+"""Ranks, launchers and whole runs that are killed: the others say who is gone, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import kill_tree, rank_environment, torchrun_command
+from test_distributed import PRELUDE
+from test_train import TINY, last_state, losses
+
+KILLS = Path(__file__).parent / "workers" / "kills.py"
+
+LOSING = """
+    def main():
+        with session(DistributedConfig(device="cpu", timeout=float(os.environ["LIMIT"]))) as world:
+            for number in range(10**6):
+                time.sleep(0.01)
+                world.agree(False)
+                if number == 50 and world.rank == 2:
+                    exec(os.environ["FAULT"])
+
+    run_command(main)
+"""
+
+
+def lose(folder: Path, fault: str, limit: float) -> tuple[list[int], list[str]]:
+    """Exit codes and stderr of three ranks, without a launcher that would end them; the last one has the fault."""
+    program = folder / "program.py"
+    program.write_text(PRELUDE + textwrap.dedent(LOSING))
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 9000), "WORLD_SIZE": "3"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(program), str(folder)],
+            env=rank_environment({**place, "RANK": str(rank), "LIMIT": str(limit), "FAULT": fault}),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    told = ["", "", ""]
+    try:
+        for rank in (0, 1):
+            told[rank] = ranks[rank].communicate(timeout=120)[1]
+    finally:
+        for process in ranks:
+            process.kill()
+        told[2] = ranks[2].communicate()[1]
+    return [process.returncode for process in ranks], told
+
+
+@pytest.mark.parametrize(
+    ("fault", "limit", "expected"),
+    [
+        ("os.kill(os.getpid(), 9)", 60, r"rank 2 \(.*, pid \d+\) vanished, last seen 20\d\d-.* s ago \(.*peer"),
+        ("raise ValueError('a bug')", 60, r"rank 2 \(.*, pid \d+\) left with ValueError: a bug"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", 5, r"rank 2 .* vanished, last seen .* \(Timed out"),
+        ("time.sleep(1000)", 5, r"rank 2 .* is alive but does not answer; .* raise distributed.timeout \(Timed out"),
+    ],
+    ids=["killed", "failed", "frozen", "busy"],
+)
+def test_a_lost_rank_is_named_by_the_others(tmp_path: Path, fault: str, limit: float, expected: str) -> None:
+    codes, told = lose(tmp_path, fault, limit)
+    assert codes[:2] == [1, 1]
+    for rank in (0, 1):
+        assert re.search(rf"\[rank {rank}\] error: {expected}.* goes on from the last checkpoint", told[rank]), told[
+            rank
+        ]
+        assert "Traceback" not in told[rank]
+
+
+@pytest.fixture
+def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {"XDG_CACHE_HOME": str(tmp_path_factory.getbasetemp() / "cache"), "OMP_NUM_THREADS": "1"}
+
+
+def wait_until(condition: Any, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(child) for child in found.stdout.split()]
+
+
+def start(arguments: list[str], cache: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    command = torchrun_command(2, *arguments)
+    with open(log, "ab") as output:
+        return subprocess.Popen(command, env=rank_environment(cache), stdout=output, stderr=output)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("given", [True, False], ids=["run.dir given", "run.dir not given"])
+def test_torchrun_heals_a_run_that_lost_a_rank(tmp_path: Path, cache: dict[str, str], given: bool) -> None:
+    where = f"run.dir={tmp_path / 'runs' / 'one'}" if given else f"run.root={tmp_path / 'runs'}"
+    many = [*TINY, where, "train.steps=40", "train.validate_every=0", "evaluate.pictures=0"]
+    process = start(["--max-restarts=1", "-m", "dist_colorize.train", *many], cache, tmp_path / "log")
+    try:
+        wait_until(lambda: list(tmp_path.glob("runs/*/checkpoints/step-00000006.pt")) or process.poll() is not None)
+        os.kill(children(process.pid)[-1], signal.SIGKILL)
+        assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+    finally:
+        kill_tree(process.pid)
+    runs = [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
+    assert len(runs) == 1
+    assert list(losses(runs[0])) == list(range(1, 41)) and last_state(runs[0])["step"] == 40
+    log = (tmp_path / "log").read_text()
+    assert log.count(f"run: {runs[0]}") == 2 and int(re.findall(r"resuming from .*, step (\d+)", log)[0]) >= 6
+
+
+@pytest.mark.world_size(2)
+def test_ranks_without_their_launcher_save_and_leave(tmp_path: Path, cache: dict[str, str]) -> None:
+    run = tmp_path / "run"
+    arguments = ["-m", "dist_colorize.train", *TINY, f"run.dir={run}", "train.steps=100000", "train.validate_every=0"]
+    process = start(arguments, cache, tmp_path / "log")
+    try:
+        wait_until(lambda: (run / "checkpoints" / "step-00000003.pt").exists() or process.poll() is not None)
+        ranks = children(process.pid)
+        assert len(ranks) == 2
+        process.kill()
+        process.wait()
+        wait_until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 60)
+    finally:
+        for rank in ranks:
+            kill_tree(rank)
+    assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
+    assert last_state(run)["step"] == max(losses(run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 160), (2, 40)])
+def test_no_kill_at_any_time_loses_a_run(tmp_path: Path, cache: dict[str, str], ranks: int, kills: int) -> None:
+    """200 kill -9 in all, of one rank or all, most of them around checkpoint writes, as every step makes one."""
+    settings = [*TINY, "train.steps=12", "train.global_batch=4", "train.validate_every=0", "evaluate.pictures=0"]
+    settings += ["checkpoint.every=1", "checkpoint.keep=2", "distributed.timeout=60"]
+    done = subprocess.run(
+        [sys.executable, str(KILLS), str(tmp_path), str(ranks), str(kills), "1", *settings],
+        env=rank_environment(cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + (tmp_path / "output.txt").read_text()[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["kills"] == kills and seen["finished"] >= 1
