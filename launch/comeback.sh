@@ -38,20 +38,25 @@ begin() {
 # end CODE: what becomes of the job when its tasks have left with CODE
 end() {
   local code=$1 why state newest count=0 at=
-  if ((code == 0)); then
+  if ((code == 0)) && { [[ -z $RUN ]] || run_is finished; }; then
     say "finished"
     exit 0
   elif ((code == 2)); then
     give_up "what it was asked to do cannot work (see the error above)" 2
-  elif ((code == 75)) || was_interrupted; then
+  elif ((code == 75)) || run_is interrupted; then
     why="interrupted, its work is saved"
+  elif ((code == 0)); then
+    why="failed: srun lost its tasks"
+    code=1
   else
     why="failed with exit code $code"
   fi
   # A requeue would raise a cancelled job from the dead.
   state=$(squeue --noheader --jobs="$JOB" --format=%T)
   if [[ $state != RUNNING && $state != SIGNALING ]]; then
-    give_up "$why; it was ended from outside (${state:-gone})" "$code"
+    # Cancelled for good, or about to be started anew by SLURM itself, as after the failure of a node.
+    say "$why; SLURM has ended it (${state:-gone}). If it does not come back: $RESUME"
+    exit "$code"
   fi
   # Ends in a row between which there was no new checkpoint. Only training has some; other commands come back anyhow.
   newest=$(readlink "$RUN/checkpoints/latest")
@@ -71,7 +76,8 @@ end() {
   exit "$code"
 }
 
-# torchrun hides the exit code of its ranks; the run folder tells.
-was_interrupted() {
-  [[ $RUN/status.json -nt $NOTES/$SLURM_JOB_ID.start ]] && grep -q '"state": "interrupted"' "$RUN/status.json"
+# run_is STATE: what the run folder says since this start. torchrun hides the exit code of its ranks, and srun leaves with
+# 0 when a node has failed.
+run_is() {
+  [[ $RUN/status.json -nt $NOTES/$SLURM_JOB_ID.start ]] && grep -q "\"state\": \"$1\"" "$RUN/status.json"
 }

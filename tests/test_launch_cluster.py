@@ -292,7 +292,7 @@ def test_a_job_that_cannot_work_is_not_repeated(submit: Submit, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_the_real_time_limit(submit: Submit) -> None:
-    """SLURM looks at limits every 30 s and warns up to 60 s early: of the two minutes here, after half a one at least."""
+    """SLURM looks at limits every 30 s and warns up to 60 s early: of two minutes, after half a one at least."""
     job = submit("--nodes", "1", "--time", "2", "--warning", "30", "train.steps=100000")
     wait_for(lambda: "interrupted, its work is saved; requeued" in job.log, 180, lambda: job.log)
     wait_for(lambda: "back at work" in job.log, 120, lambda: job.log)

@@ -308,12 +308,13 @@ def test_following_reads_states_and_whole_lines(tmp_path: Path, monkeypatch: pyt
 def script(tmp_path: Path) -> Callable[..., tuple[str, int, str]]:
     """`script(code)`: a batch script whose tasks leave with `code`; its words, its exit code, what was requeued."""
 
-    def run(
+    def start(
         code: int | str,
         state: str = "RUNNING",
         restarts: int = 0,
         requeues: int = 5,
         retries: int = 1,
+        run: str | None = None,
         more: Sequence[str] = (),
     ) -> tuple[str, int, str]:
         bin_, notes = tmp_path / "bin", tmp_path / "notes"
@@ -323,7 +324,12 @@ def script(tmp_path: Path) -> Callable[..., tuple[str, int, str]]:
         for name, text in (("squeue", f"echo {state}"), ("scontrol", f'echo "$@" >> {tmp_path}/requeued')):
             (bin_ / name).write_text(f"#!/bin/bash\n{text}\n")
             (bin_ / name).chmod(0o755)
-        lines = [f"NOTES={notes}", f"RUN={tmp_path}/run", "RESUME='do this'", f"REQUEUES={requeues}"]
+        lines = [
+            f"NOTES={notes}",
+            f"RUN={f'{tmp_path}/run' if run is None else run}",
+            "RESUME='do this'",
+            f"REQUEUES={requeues}",
+        ]
         lines += [f"RETRIES={retries}", f"source {CHECKOUT}/launch/comeback.sh", "begin"]
         lines += ["echo port $MASTER_PORT", f"(exit {code})" if isinstance(code, int) else code, "end $?"]
         env = {"PATH": f"{bin_}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": str(restarts)}
@@ -332,15 +338,29 @@ def script(tmp_path: Path) -> Callable[..., tuple[str, int, str]]:
         assert done.stderr == ""
         return done.stdout, done.returncode, (tmp_path / "requeued").read_text().strip()
 
-    return run
+    return start
 
 
 Script = Callable[..., tuple[str, int, str]]
 
 
-def test_a_finished_job_stays_finished(script: Script) -> None:
-    words, code, requeued = script(0)
+def test_a_finished_job_stays_finished(script: Script, tmp_path: Path) -> None:
+    words, code, requeued = script(says(tmp_path, "finished", 0))
     assert "finished" in words and (code, requeued) == (0, "")
+    assert script(0, run="")[:2] == script("true", run="")[:2] and "finished" in script(0, run="")[0]
+
+
+def test_srun_that_lost_a_node_says_0_and_is_not_believed(script: Script, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text('{"state": "finished"}')
+    os.utime(tmp_path / "run" / "status.json", (1, 1))  # by an earlier job, with fewer steps
+    words, code, requeued = script(says(tmp_path, "running", 0))
+    assert "srun lost its tasks" in words and (code, requeued) == (1, "requeue 77")
+
+
+def says(tmp_path: Path, state: str, code: int) -> str:
+    """Tasks that leave a state in the run folder."""
+    return f"""sleep 0.02; echo '{{"state": "{state}"}}' > {tmp_path}/run/status.json; (exit {code})"""
 
 
 def test_an_interrupted_job_is_requeued(script: Script) -> None:
@@ -356,7 +376,7 @@ def test_only_the_own_element_of_an_array_is_requeued(script: Script) -> None:
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "TIMEOUT", ""])
 def test_a_job_that_was_ended_from_outside_is_not_raised_again(script: Script, state: str) -> None:
     words, _, requeued = script(75, state=state)
-    assert requeued == "" and "ended from outside" in words and words.rstrip().endswith("To go on: do this")
+    assert requeued == "" and "SLURM has ended it" in words and words.rstrip().endswith("do this")
 
 
 def test_the_budget_is_kept_and_its_end_is_said(script: Script) -> None:
@@ -396,8 +416,7 @@ def test_torchrun_hides_the_exit_code_but_the_run_folder_tells(script: Script, t
     status.write_text('{"state": "interrupted"}')
     os.utime(status, (1, 1))  # of an earlier start: says nothing about this one
     assert "failed with exit code 1" in script(1)[0]
-    write = f"""sleep 0.02; echo '{{"state": "interrupted"}}' > {status}; (exit 1)"""
-    assert "interrupted, its work is saved" in script(write)[0]
+    assert "interrupted, its work is saved" in script(says(tmp_path, "interrupted", 1))[0]
 
 
 def test_a_port_that_is_taken_is_passed_over(script: Script) -> None:
