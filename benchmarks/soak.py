@@ -110,7 +110,7 @@ class Soak:
         before = self.steps_done()
         self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         log.close()
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 400
         while self.steps_done() == before and time.monotonic() < deadline and self.process.poll() is None:
             time.sleep(0.1)
         with open(self.folder / "output.txt", "rb") as output:
@@ -189,32 +189,21 @@ class Soak:
         ]
 
     def photograph_vanishes(self) -> None:
-        path = self.random.choice(sorted(self.photographs.glob("*.jpg")))
-        path.rename(path.with_suffix(".gone"))
-        self.back_later(path)
+        self.spoil(lambda path: path.unlink())
 
     def photograph_is_cut_off(self) -> None:
-        path = self.spoil()
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        self.spoil(lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]))
 
     def photograph_turns_to_rubbish(self) -> None:
-        path = self.spoil()
-        path.write_bytes(self.random.randbytes(path.stat().st_size))
+        self.spoil(lambda path: path.write_bytes(self.random.randbytes(path.stat().st_size)))
 
-    def spoil(self) -> Path:
+    def spoil(self, damage: Callable[[Path], Any]) -> None:
+        """For a while: a run starts again only with the photographs of its checkpoint, by their fingerprint."""
         path = self.random.choice(sorted(self.photographs.glob("*.jpg")))
-        shutil.copy2(path, path.with_suffix(".gone"))
-        self.back_later(path)
-        return path
-
-    def back_later(self, path: Path) -> None:
-        """The data must be those of the checkpoint when the run starts again: its fingerprint is checked."""
+        shutil.copy2(path, self.folder / "original")
+        damage(path)
         self.train_for(8)
-
-        def back() -> None:
-            path.with_suffix(".gone").replace(path)
-
-        back()
+        (self.folder / "original").replace(path)
 
     def batch_of_nan(self) -> None:
         (self.folder / "poison").touch()
