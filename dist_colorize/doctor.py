@@ -1,10 +1,13 @@
 """What this machine has, and which paths dist_colorize will take on it.
 
     python -m dist_colorize.doctor
+    python -m dist_colorize.doctor --gpu      # instead: checks every CUDA kernel against the CPU and measures its speed
 
 Each line is `ok`, `--` (absent, fine without; the line below says how to have it) or `!!` (needed, and missing or
 broken; the line below says what to do).
-The exit code is always 0: a machine without a GPU is not ill.
+The exit code is 0: a machine without a GPU is not ill. With --gpu it is 0 where every kernel agrees with the CPU, 1
+where one does not, and 2 where nothing was checked because no GPU can be used. Speeds are figures and no verdicts: a
+kernel's share of the speed at which the device copies memory, for the bytes that it has to move at least.
 """
 
 from __future__ import annotations
@@ -18,13 +21,13 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from dist_colorize import __version__
-from dist_colorize.errors import run_command
+from dist_colorize.errors import FAILURE, OK, UserError, run_command
 
 # Everything heavy is imported inside a check, so that a package that cannot be imported is a line and not the end.
 
@@ -44,13 +47,42 @@ class Finding:
         return f"  {mark}  {self.name:14}{self.facts}{below}"
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="check and measure the CUDA kernels on this machine's GPU")
+    if parser.parse_args(argv).gpu:
+        return check_kernels()
     print(f"dist_colorize {__version__}")
     for title, checks in SECTIONS.items():
         print(f"\n{title}")
         for name, check in checks.items():
             print(examine(name, check), flush=True)
+    return OK
+
+
+def check_kernels() -> int:
+    """Prints what selfcheck finds on the first visible GPU; the exit code. UserError where there is none."""
+    import torch
+
+    from dist_colorize.postprocess import selfcheck
+    from dist_colorize.postprocess.cuda import CudaBackend
+    from dist_colorize.postprocess.kernels import open_device
+
+    try:
+        backend = CudaBackend(open_device())
+        print(f"kernels on {torch.cuda.get_device_name(backend.device)}, against the CPU", flush=True)
+        wrong = 0
+        for found in selfcheck.agreements(backend):
+            wrong += not found.ok
+            print(f"  {'ok' if found.ok else '!!'}  {found}", flush=True)
+        print("speed, as a share of the speed of this device's own copy", flush=True)
+        for speed in selfcheck.speeds(backend):
+            print(f"      {speed}", flush=True)
+    except UserError as error:
+        raise UserError(f"nothing was checked: {error}") from None
+    except torch.OutOfMemoryError:
+        raise UserError("not all was checked, the GPU's memory is full: end other programs on it") from None
+    return FAILURE if wrong else OK
 
 
 def examine(name: str, check: Callable[[], Finding]) -> Finding:

@@ -20,11 +20,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_colorize.data.catalog import build_index, by_reason, index_folder, is_fresh, printable, rejections
+from dist_colorize.data.catalog import build_index, by_reason, index_folder, is_fresh, rejections
 from dist_colorize.data.columns import Photographs, describe, open_index
 from dist_colorize.data.config import DataConfig
 from dist_colorize.data.inspect import FORMATS
 from dist_colorize.errors import run_command
+from dist_colorize.text import printable
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -13,8 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CHECKOUT, rank_environment
+from emulator import compiler
+from emulator.cupy_standin import emulated_gpu
 
 from dist_colorize import doctor
+from dist_colorize.errors import UserError
+from dist_colorize.postprocess import selfcheck
+from dist_colorize.postprocess.cuda import CudaBackend
 
 
 def test_the_report_is_complete_and_leaves_with_0() -> None:
@@ -32,6 +38,59 @@ def test_the_report_is_complete_and_leaves_with_0() -> None:
     assert not [line for line in lines if line[2:4] == "!!"]
     training = next(line for line in lines if "training" in line)
     assert ("on the CPU, gloo" in training) != torch.cuda.is_available()
+
+
+def test_gpu_without_a_gpu_says_that_nothing_was_checked() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    command = [sys.executable, "-m", "dist_colorize.doctor", "--gpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=rank_environment(), check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: nothing was checked: no GPU can be used \(.*\): install .* driver .*\n", done.stderr)
+
+
+CHECKS = len(("decode", "channels last", "fp16", "bf16", "blend", "blur", "chroma", "red", "repair", "compose"))
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_gpu_reports_every_kernel(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: bool
+) -> None:
+    """On the emulated device, whose speeds are made up."""
+    if compiler.compiler() is None:
+        pytest.skip("the emulator needs g++ on x86-64 Linux")
+    speeds = [selfcheck.Speed("blend", 2e-6, 4000, 0.5)]
+    monkeypatch.setattr(selfcheck, "speeds", lambda backend: speeds)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
+    if wrong:
+        real = CudaBackend.blend
+        monkeypatch.setattr(CudaBackend, "blend", lambda self, *given: 1.01 * real(self, *given))
+    with emulated_gpu(host_copies=True):
+        assert doctor.main(["--gpu"]) == (1 if wrong else 0)
+    out = capsys.readouterr().out
+    assert out.count("  ok  ") == CHECKS - 2 * wrong
+    assert out.count("  !!  ") == 2 * wrong
+    assert "A card" in out
+    assert "blend                  50.0 %   2 us, 2 GB/s" in out
+
+
+@pytest.mark.gpu
+def test_gpu_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--gpu"]) == 0
+    assert capsys.readouterr().out.count(" GB/s") == CHECKS - 3  # 16 bit and red differ in nothing that is timed
+
+
+def test_gpu_with_full_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiler.compiler() is None:
+        pytest.skip("the emulator needs g++ on x86-64 Linux")
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
+    monkeypatch.setattr(CudaBackend, "decode", full)
+    with emulated_gpu(host_copies=True), pytest.raises(UserError, match=r"not all was checked.*memory is full"):
+        doctor.main(["--gpu"])
 
 
 def test_packages_that_are_missing_or_broken_are_lines_of_the_report(tmp_path: Path) -> None:

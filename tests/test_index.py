@@ -21,12 +21,13 @@ from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
 from dist_colorize import index
-from dist_colorize.data import catalog, pipeline
+from dist_colorize.data import pipeline
 from dist_colorize.data.catalog import build_index, ensure_index, index_folder, is_fresh, rejections
 from dist_colorize.data.columns import Photographs, open_index, write_columns
 from dist_colorize.data.inspect import FORMATS, Facts
 from dist_colorize.data.scan import Candidate, read_part
 from dist_colorize.errors import Interrupted, UserError
+from dist_colorize.text import printable
 
 
 def picture(width: int = 96, height: int = 64, seed: int = 0) -> Image.Image:
@@ -149,7 +150,7 @@ def test_names_of_any_bytes_and_duplicates_in_other_folders(root: Path) -> None:
     assert not rejected
     for row in range(len(photographs)):
         assert photographs.read(row) == (root / photographs.name(row)).read_bytes()
-    assert all("\n" not in catalog.printable(name) and catalog.printable(name).isprintable() for name in wanted)
+    assert all("\n" not in printable(name) and printable(name).isprintable() for name in wanted)
 
 
 def test_an_eight_thousand_pixel_photograph_is_used(root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import pyvips
 import torch
-from conftest import CHECKOUT
+from conftest import CHECKOUT, kill_tree, rank_environment, torchrun_command
 from PIL import Image
 from skimage import data
 from skimage.color import rgb2lab
@@ -23,7 +24,7 @@ from dist_colorize.data import DataConfig
 from dist_colorize.errors import UserError
 from dist_colorize.models import ModelConfig, build
 from dist_colorize.postprocess.__main__ import main
-from dist_colorize.postprocess.colorizer import Colorizer, working_size
+from dist_colorize.postprocess.colorizer import NETWORK_BYTES, Colorizer, working_size
 from dist_colorize.postprocess.cpu import TorchBackend
 from dist_colorize.postprocess.images import Photograph, lightness, read, to_vips
 from dist_colorize.postprocess.stages import load_preset
@@ -310,6 +311,162 @@ def test_strips_do_not_change_the_picture(monkeypatch):
 )
 def test_working_size(shape, expected):
     assert working_size(*shape, 256) == expected
+
+
+def test_strips_become_lower_where_memory_is_short(monkeypatch):
+    """... down to one row; the picture stays the same to the bit."""
+    photograph = Photograph(data.chelsea()[:100, :150], None)
+    colorizer = Colorizer(Flat(), load_preset("final"), TorchBackend(), size=64)
+    ab = colorizer.predict(photograph).final
+    whole = colorizer.paint(photograph, ab)
+    real, limit, strips = colorizer.backend.compose, 13, []
+
+    def scarce(level, *arguments):
+        if len(level) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        strips.append(len(level))
+        return real(level, *arguments)
+
+    monkeypatch.setattr(colorizer.backend, "compose", scarce, raising=False)
+    assert (colorizer.paint(photograph, ab) == whole).all()
+    assert max(strips) <= 13
+    assert sum(strips) == 100
+    limit = 0
+    with pytest.raises(UserError, match="memory of cpu is full"):
+        colorizer.paint(photograph, ab)
+
+
+class Scarce(Flat):
+    """Has room for so many photographs at a time."""
+
+    room = 2
+
+    def features(self, lightness):
+        if len(lightness) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().features(lightness)
+
+
+def test_memory_for_the_network_is_bounded_and_its_lack_told():
+    network = Scarce()
+    colorizer = Colorizer(network, load_preset("final"), TorchBackend(), size=64, memory=5 * 64 * 96 * NETWORK_BYTES)
+    looks = [torch.rand(1, 1, 64, 96) * 100 for _ in range(5)]
+    assert colorizer.together(looks[0]) == 5
+    assert colorizer.together(torch.rand(1, 1, 64, 64)) == 7
+    assert colorizer.together(torch.rand(1, 1, 640, 960)) == 1
+    with pytest.raises(UserError, match=r"too small for 5 x 96x64 pixels .* choose a --size below 64"):
+        colorizer.predict_together(looks)
+    assert colorizer.together(looks[0]) == 2  # the next time with fewer
+    assert len(colorizer.predict_together(looks[:2])) == 2
+
+
+@pytest.mark.parametrize("preset", ["final", "blend"])
+def test_company_in_the_network_changes_no_photograph(preset):
+    """The same colours, whether alone or with others: 2e-3 of ab, as between CPU and GPU."""
+    torch.manual_seed(0)
+    network = build(ModelConfig(width=0.1, encoder="scratch"))
+    torch.nn.init.normal_(network.head.weight, std=0.3)
+    colorizer = Colorizer(network, load_preset(preset), TorchBackend(), size=64)
+    looks = [colorizer.look(Photograph(data.chelsea()[i : 96 + i, :128], None)) for i in (0, 90, 200)]
+    together = colorizer.predict_together(looks)
+    for look, prediction in zip(looks, together, strict=True):
+        (alone,) = colorizer.predict_together([look])
+        torch.testing.assert_close(prediction.final, alone.final, rtol=0, atol=2e-3)
+        torch.testing.assert_close(prediction.confidence, alone.confidence, rtol=0, atol=1e-5)
+
+
+def test_the_command_with_several_at_a_time(here, monkeypatch):
+    """A folder of equal photographs in batches: the same results as one by one, to a level."""
+    for number in range(12):
+        Image.fromarray(data.chelsea()[5 * number :][:64, :96]).save(here / "in" / f"like{number}.png")
+    together, sizes = Colorizer.predict_together, []
+
+    def counted(self, looks):
+        sizes.append(len(looks))
+        return together(self, looks)
+
+    monkeypatch.setattr(Colorizer, "predict_together", counted)
+    assert main(["--checkpoint", "runs/one", "in", "--output", "alone"]) == 0
+    assert set(sizes) == {1}
+    monkeypatch.setattr(Colorizer, "together", lambda self, look: 8)
+    assert main(["--checkpoint", "runs/one", "in", "--output", "many", "--jobs", "8"]) == 0
+    assert max(sizes) > 1
+    assert files(here / "many") == files(here / "alone")
+    for name in files(here / "many"):
+        one, other = (read(here / side / name).pixels.astype(int) for side in ("alone", "many"))
+        assert (np.abs(one - other) <= (1 if "16" not in name else 257)).mean() >= 0.999, name
+
+
+def share(nproc: int, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """The command under torchrun, in a session of its own."""
+    whole = torchrun_command(nproc, *launcher, "-m", "dist_colorize.postprocess", *arguments)
+    return subprocess.Popen(
+        whole,
+        env=rank_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        raise
+
+
+def test_two_processes_share_the_photographs(here):
+    """Each photograph once. One process finds only broken ones and waits for the other, as torchrun would end it."""
+    picture = (here / "in/cat.jpg").read_bytes()
+    (here / "pairs").mkdir()
+    for number in range(24):
+        (here / f"pairs/{number:02}.jpg").write_bytes(picture[: 900 if number % 2 else None])
+    process = share(2, "--checkpoint", "runs/one", "pairs", "gone.jpg", "--output", "out", "--jobs", "1")
+    out, err = finish(process)
+    assert process.returncode == 1, err  # torchrun's own, where a process left with another code than 0
+    assert files(here / "out") == [f"{number:02}.jpg" for number in range(0, 24, 2)]
+    assert out.count("network: ") == 1
+    assert [err.count(f"failed: pairs/{number:02}.jpg: ") for number in range(24)] == [0, 1] * 12
+    assert err.count("failed: gone.jpg: ") == 1
+    assert sorted(re.findall(r"^\[rank .*$", out, re.MULTILINE)) == [
+        "[rank 0] 12 colorized, 1 failed",
+        "[rank 1] 0 colorized, 12 failed",
+    ]
+    assert "Traceback" not in err.partition("torch.distributed.elastic")[0]
+
+
+def test_an_error_of_all_processes_is_told_once(here):
+    process = share(2, "--checkpoint", "nowhere", "in")
+    _, err = finish(process)
+    assert process.returncode == 1
+    assert err.count("cannot read the checkpoint nowhere") == 1, err
+
+
+def test_a_killed_process_loses_only_what_it_had_begun(here):
+    """kill -9 of one of two; torchrun starts both again, and they leave alone what is there."""
+    (here / "many").mkdir()
+    picture = (here / "in/cat.jpg").read_bytes()
+    for number in range(150):
+        (here / "many" / f"{number:03}.jpg").write_bytes(picture)
+    arguments = ("--checkpoint", "runs/one", "many", "--output", "out", "--jobs", "1")
+    process = share(2, *arguments, launcher=("--max-restarts=1",))
+    deadline = time.monotonic() + 120
+    while len(done := files(here / "out")) < 6 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    stamps = {name: (here / "out" / name).stat().st_mtime_ns for name in done if not name.startswith(".")}
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(listed.stdout.split()[1]), signal.SIGKILL)
+    out, err = finish(process)
+    assert process.returncode == 0, err
+    assert [name for name in files(here / "out") if not name.startswith(".")] == [f"{n:03}.jpg" for n in range(150)]
+    assert all((here / "out" / name).stat().st_mtime_ns == stamp for name, stamp in stamps.items())
+    assert " already there" in out
+    for name in files(here / "out"):
+        if not name.startswith("."):
+            read(here / "out" / name)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The CUDA backend against the CPU's and float64 loops: emulated on the CPU everywhere, on the device with a GPU.
 
-`pytest -m gpu` runs the same cases on a GPU; where there is none they are skipped, and say so.
+`pytest -m gpu` runs the same cases on a GPU (where there is none they are skipped, and say so), `pytest --slow` runs
+them under AddressSanitizer and UndefinedBehaviorSanitizer too.
 """
 
 from __future__ import annotations
@@ -36,13 +37,21 @@ needs_emulator = pytest.mark.skipif(compiler.compiler() is None, reason="the emu
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(params=[pytest.param("emulated", marks=needs_emulator), pytest.param("device", marks=pytest.mark.gpu)])
+WAYS = [
+    pytest.param("plain", marks=needs_emulator, id="emulated"),
+    pytest.param("address", marks=[needs_emulator, pytest.mark.slow], id="sanitized"),
+    pytest.param("device", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=WAYS)
 def gpu(request) -> Iterator[CudaBackend]:
+    """Every case three ways: emulated, under AddressSanitizer and UndefinedBehaviorSanitizer, on a GPU."""
     with torch.no_grad():
         if request.param == "device":
             yield CudaBackend(kernels.open_device())
         else:
-            with emulated_gpu(host_copies=True) as device:
+            with emulated_gpu(request.param, host_copies=True) as device:
                 yield CudaBackend(device)
 
 
@@ -313,6 +322,47 @@ def test_bits_depend_on_no_order_and_no_place_in_memory():
             assert torch.equal(tensor, other[name]), name
 
 
+def masks(device: torch.device, height: int, width: int) -> dict[str, torch.Tensor]:
+    """What the sanitizers see of the extremes: all cells masked, none, numbers that are none, 16-bit features."""
+    backend, results = CudaBackend(device), {}
+    ab, confidence = scene(1, height, width)
+    for name, arguments in {"all": (0.0, 2.0, 1, 1, 2, 2.0), "none": (1e9, 0.5, 1, 1, 2, 2.0)}.items():
+        results[f"repair {name}"] = backend.repair(ab, confidence, *arguments)
+        results[f"scale {name}"] = backend.scale_chroma(ab, confidence, arguments[0], 2.0, 0.0, 360.0, 0.3)
+        results[f"blend {name}"] = backend.blend(ab, confidence, 2.0, *((2.0, 2.0) if name == "all" else (0.0, 0.0)))
+    random = torch.Generator().manual_seed(3)
+    weight, bias = torch.randn(313, 8, generator=random), torch.zeros(313)
+    features = torch.randn(1, 8, height, width, generator=random)
+    features.view(-1)[::5], features.view(-1)[2::7], features.view(-1)[3::11] = math.nan, math.inf, -math.inf
+    results["decode"] = backend.decode(features, weight, bias, 0.38)[0]
+    for layout in ("planar", "rows"):
+        for dtype in (torch.float16, torch.bfloat16):
+            logits = torch.randn(313, 4 * height * width, generator=random).to(dtype)
+            logits[::3, 0], logits[::2, 1], logits[:, 2] = math.nan, math.inf, -math.inf
+            out, sure = torch.zeros(1, 2, height, width), torch.zeros(1, height, width)
+            passed = logits if layout == "planar" else logits.T.contiguous()
+            decode_logits(layout, passed, height * width, bias, 0.38, out, sure, 0)
+            results[f"{layout} {dtype}"] = out
+    lightness = torch.tensor([math.nan, -5.0, 50.0, 105.0, math.inf]).repeat(height * width)[: height * width]
+    for bits in (8, 16):
+        results[f"compose{bits}"] = backend.compose(lightness.view(height, width), ab[0], (height, width), 0, bits)
+    return results
+
+
+@needs_emulator
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (31, 33)])
+def test_sanitizers_find_nothing_at_the_extremes(height, width):
+    """What `pytest --slow -k sanitized` does with every case, here with the few that are most likely to fail."""
+    results = []
+    for kind in ("plain", "address"):
+        with torch.no_grad(), emulated_gpu(kind, host_copies=True) as device:
+            results.append(masks(device, height, width))
+    for name, tensor in results[0].items():
+        assert_near(
+            results[1][name].float(), tensor.float(), 257 if name == "compose16" else 1 if "comp" in name else 2e-3
+        )
+
+
 @needs_emulator
 @pytest.mark.parametrize("flavour", ["address", pytest.param("thread", marks=pytest.mark.slow)])
 def test_sanitizers_find_nothing(flavour):
@@ -353,15 +403,18 @@ def test_whole_pictures_agree_with_the_cpu(gpu, preset):
     assert (apart <= 1).mean() >= 0.999
 
 
-@needs_emulator
-def test_the_command_runs_on_the_gpu_from_end_to_end(here, capsys):  # noqa: F811
+@pytest.mark.parametrize("way", WAYS)
+def test_the_command_runs_on_the_gpu_from_end_to_end(here, way):  # noqa: F811
     arguments = ["--checkpoint", "runs/one", "in", "--raw", "--confidence", "--panel", "--output"]
     assert main([*arguments, "cpu"]) == 0
-    with emulated_gpu(host_copies=True):
+    if way == "device":
         assert main([*arguments, "gpu", "--gpu"]) == 0
-        used = {name.rsplit("_float", 1)[0] for name, _, _ in cupy_standin.setting.launches}
-    # the network's features are channels last
-    assert used == {"decode_rows", "blend", "repair_mark", "repair_sweep", "repair_finish", "compose8", "compose16"}
+    else:
+        with emulated_gpu(way, host_copies=True):
+            assert main([*arguments, "gpu", "--gpu"]) == 0
+            used = {name.rsplit("_float", 1)[0] for name, _, _ in cupy_standin.setting.launches}
+        # the network's features are channels last
+        assert used == {"decode_rows", "blend", "repair_mark", "repair_sweep", "repair_finish", "compose8", "compose16"}
     assert files(here / "gpu") == files(here / "cpu")
     for name in files(here / "cpu"):
         ours, theirs = (read(here / side / name) for side in ("gpu", "cpu"))
@@ -418,9 +471,10 @@ def test_what_a_driver_may_answer(driver, changed, message):
     assert "\n" not in str(caught.value)
 
 
-def test_more_processes_than_gpus(driver):
-    with pytest.raises(UserError, match="GPU 1 does not exist, this machine shows 1"):
-        kernels.open_device(1)
+def test_each_process_of_a_node_has_its_gpu(driver):
+    assert kernels.open_device(3) == torch.device("cuda", 0)  # the cluster shows it its own one only
+    driver.count = 8
+    assert [kernels.open_device(rank).index for rank in range(10)] == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
 
 
 def test_without_cupy(driver, monkeypatch):

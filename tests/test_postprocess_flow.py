@@ -13,13 +13,23 @@ from dist_colorize.postprocess.memory import free_memory, require_memory
 
 
 def flow(threads=3, total=1600, stop=lambda: False, **parts):
-    steps = {"measure": lambda _: 1, "load": lambda n: n, "compute": lambda _, n: n, "store": lambda *_: None}
+    steps = {
+        "measure": lambda _: 1,
+        "load": lambda n: n,
+        "alike": lambda _: (None, 1),
+        "compute": lambda loaded: loaded,
+        "store": lambda *_: None,
+    }
     return Flow(**(steps | parts), threads=threads, bytes_at_once=total, stop=stop)
 
 
 def test_every_work_once():
     stored = []
-    results = list(flow(compute=lambda _, n: n * 10, store=lambda n, done: stored.append((n, done))).run(range(100)))
+    results = list(
+        flow(compute=lambda loaded: [n * 10 for n in loaded], store=lambda n, done: stored.append((n, done))).run(
+            range(100)
+        )
+    )
     assert sorted(results) == [(n, None) for n in range(100)]
     assert sorted(stored) == [(n, n * 10) for n in range(100)]
 
@@ -27,13 +37,56 @@ def test_every_work_once():
 @pytest.mark.parametrize("step", ["measure", "load", "compute", "store"])
 def test_one_bad_work_does_not_stop_the_others(step):
     def bad(n, *_):
-        if n == 7:
+        if n in (7, [7]):
             raise UserError("seven")
         return n if step != "measure" else 1
 
     results = dict(flow(**{step: bad}).run(range(20)))
     assert str(results.pop(7)) == "seven"
     assert results == {n: None for n in range(20) if n != 7}
+
+
+def loaded_at_once(count, **parts):
+    """A flow whose works are all loaded before the first is computed."""
+    gate = threading.Barrier(count)
+
+    def load(n):
+        gate.wait()
+        time.sleep(0.05 * (n == 0))  # the first event comes when the others are on their way
+        return n
+
+    return flow(threads=count, load=load, **parts)
+
+
+def test_works_that_are_alike_are_computed_together():
+    batches = []
+
+    def compute(loaded):
+        time.sleep(0.2 * (not batches))  # as the first is computed, all others arrive
+        batches.append(sorted(loaded))
+        return loaded
+
+    works = loaded_at_once(12, alike=lambda n: (n % 2, 4), compute=compute)
+    assert sorted(works.run(range(12))) == [(n, None) for n in range(12)]
+    assert sorted(n for batch in batches for n in batch) == list(range(12))
+    assert all(len({n % 2 for n in batch}) == 1 and len(batch) <= 4 for batch in batches)
+    assert len(batches) <= 6
+
+
+def test_what_fails_together_is_tried_alone():
+    tried = []
+
+    def compute(loaded):
+        time.sleep(0.2 * (not tried))
+        tried.append(list(loaded))
+        if len(loaded) > 1 or loaded == [3]:
+            raise UserError("too much")
+        return loaded
+
+    results = dict(loaded_at_once(8, alike=lambda _: (None, 8), compute=compute).run(range(8)))
+    assert str(results.pop(3)) == "too much"
+    assert results == {n: None for n in range(8) if n != 3}
+    assert max(map(len, tried)) > 1
 
 
 @pytest.mark.parametrize("step", ["measure", "load", "compute", "store"])

@@ -9,7 +9,8 @@ import pytest
 
 from dist_colorize.errors import UserError
 from dist_colorize.postprocess.images import Stored
-from dist_colorize.postprocess.inputs import inside, place, plan, printable
+from dist_colorize.postprocess.inputs import inside, place, plan
+from dist_colorize.text import printable
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from dist_colorize.data.columns import VERSION, describe, open_index, write_colu
 from dist_colorize.data.inspect import Facts, Rejected, inspect
 from dist_colorize.data.scan import Candidate, Scan, read_candidate, scan
 from dist_colorize.errors import Interrupted, UserError
+from dist_colorize.text import printable
 
 _CHUNK = 32  # candidates per task: enough to make a task's own cost disappear
 
@@ -117,11 +118,6 @@ def rejections(folder: Path) -> Iterator[Rejection]:
         for line in file:
             entry = json.loads(line)
             yield entry["name"], entry["reason"]
-
-
-def printable(name: str) -> str:
-    """A file name on one line of a terminal, whatever bytes it is made of."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
 
 
 def _inspect_all(

@@ -4,6 +4,7 @@
     python -m dist_colorize.postprocess --checkpoint runs/RUN scan.tif archive/ --output colorized
     python -m dist_colorize.postprocess 'archive/**/*.jpg' --output colorized --panel --confidence
     python -m dist_colorize.postprocess archive/ --output colorized --preset blend --size 384
+    python -m dist_colorize.postprocess tune --checkpoint runs/RUN --data /photos/val     # makes a preset; see --help
 
 A result has the name, the place within its folder, the size and the bit depth of its photograph. JPEG, PNG, TIFF and
 WebP stay what they are; what cannot be written (GIF, BMP, AVIF, HEIC) becomes NAME.png. Colour photographs are read as
@@ -12,25 +13,33 @@ gray: their lightness stays, their colours are predicted anew.
 What is finished is left alone when the same command runs again (--overwrite makes it anew): after an interruption, a
 full disk or a power cut just repeat the command. A photograph that cannot be read is reported, and the rest goes on.
 
+Several processes share the photographs; on a machine with 8 GPUs
+
+    torchrun --nproc_per_node=8 --max-restarts=3 -m dist_colorize.postprocess archive/ --output colorized --gpu
+
+torchrun ends all of them when one dies; with --max-restarts they start again and go on where they were.
+
 exit codes: 0 all done, 1 some failed, 2 wrong usage, 75 interrupted (Ctrl-C finishes what has begun).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from dist_colorize.distributed import StopFlag, usable_cores
 from dist_colorize.errors import FAILURE, INTERRUPTED, OK, UserError, run_command
-from dist_colorize.postprocess.colorizer import MULTIPLE, Colorizer
+from dist_colorize.postprocess.colorizer import MULTIPLE, Colorizer, Prediction
 from dist_colorize.postprocess.cpu import TorchBackend
 from dist_colorize.postprocess.encode import DiskError, write_picture
 from dist_colorize.postprocess.flow import Flow
@@ -38,7 +47,9 @@ from dist_colorize.postprocess.images import Photograph, read, working_set
 from dist_colorize.postprocess.inputs import Job, place, plan
 from dist_colorize.postprocess.memory import require_memory
 from dist_colorize.postprocess.panel import panel
+from dist_colorize.postprocess.ranks import Ranks
 from dist_colorize.postprocess.stages import Backend, load_preset, preset_names
+from dist_colorize.postprocess.streams import Streams
 from dist_colorize.postprocess.trained import Trained, find_trained, newest_run, photographs_of
 
 RUNS = Path("runs")
@@ -47,32 +58,62 @@ BYTES_AT_ONCE = 2**30
 FINISHED_FOLDER = "colorized"
 """Output folder inside the run when none is given."""
 
+PAINTERS = 2
+"""Photographs composed at a time: one is computed while the other one's pixels are copied."""
+
 Pictures = dict[Path, np.ndarray]
 
 
+class Predicted(NamedTuple):
+    """A photograph whose colours are on their way."""
+
+    photograph: Photograph
+    prediction: Prediction
+    ready: torch.cuda.Event | None
+    """On a GPU: when the prediction will be there."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["tune"]:
+        from dist_colorize.postprocess import tune
+
+        tune.main(words[1:])
+        return OK
+    arguments = _parser().parse_args(words)
     with StopFlag() as stop:
         return colorize(arguments, stop)
 
 
 def colorize(arguments: argparse.Namespace, stop: StopFlag) -> int:
     """The command; returns its exit code."""
-    preset = load_preset(arguments.preset)
-    backend = _backend(arguments.gpu)
-    trained = find_trained(arguments.checkpoint or newest_run(RUNS))
-    output = arguments.output or _output_of(trained)
-    jobs, complaints = _own_share(*_jobs(arguments.inputs, trained, output, stop))
-    _require_writable(output)
-    for line in trained.skipped:
-        print(f"skipped: {line}", file=sys.stderr)
-    print(f"network: {trained.file}\noutput: {output}", flush=True)
+    ranks = Ranks.from_environment()
+    try:
+        preset = load_preset(arguments.preset)
+        backend = _backend(arguments.gpu)
+        trained = find_trained(arguments.checkpoint or newest_run(RUNS))
+        output = arguments.output or _output_of(trained)
+        all_jobs, complaints = _jobs(arguments.inputs, trained, output, stop)
+        _require_writable(output)
+    except UserError as mistake:
+        mistake.shared = True  # every rank finds the same: one of them says so
+        raise
+    if ranks.local_rank:
+        backend = _backend(arguments.gpu, ranks.local_rank)
+    if ranks.local_size > 1:
+        torch.set_num_threads(_own_cores())
+    if ranks.is_leader:
+        for line in trained.skipped:
+            print(f"skipped: {line}", file=sys.stderr)
+        print(f"network: {trained.file}\noutput: {output}", flush=True)
 
+    jobs, complaints = ranks.own(all_jobs), complaints if ranks.is_leader else []
     work = Worker(Colorizer(trained.network, preset, backend, arguments.size or trained.size), arguments)
     todo = jobs if arguments.overwrite else [job for job in jobs if not all(p.exists() for p in work.targets(job))]
     flow = Flow(
         work.measure,
         work.load,
+        work.alike,
         work.compute,
         work.store,
         threads=arguments.jobs,
@@ -83,7 +124,8 @@ def colorize(arguments: argparse.Namespace, stop: StopFlag) -> int:
         print(f"failed: {line}", file=sys.stderr)
     failed, written, fatal = len(complaints), 0, None
     # Where nobody watches (a log), a line now and then is enough.
-    with tqdm(total=len(todo), disable=not todo, unit="photo", mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
+    silent, pace = not (todo and ranks.is_leader), 0.1 if sys.stderr.isatty() else 10
+    with tqdm(total=len(todo), disable=silent, unit="photo", mininterval=pace) as bar:
         for job, error in flow.run(todo):
             bar.update()
             if isinstance(error, DiskError):
@@ -96,13 +138,14 @@ def colorize(arguments: argparse.Namespace, stop: StopFlag) -> int:
                 written += 1
     left = len(todo) - written - (failed - len(complaints))
     counts = {"colorized": written, "already there": len(jobs) - len(todo), "failed": failed, "not done": left}
-    print(", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "colorized"))
+    words = ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "colorized")
+    print(f"{ranks.name}{words}", flush=True)
     if fatal is not None:
-        print(f"error: {fatal}", file=sys.stderr)
+        print(f"{ranks.name}error: {fatal}", file=sys.stderr)
         return FAILURE
     if left:
         return INTERRUPTED
-    return FAILURE if failed else OK
+    return ranks.leave(FAILURE if failed else OK, stop)
 
 
 class Worker:
@@ -110,6 +153,8 @@ class Worker:
 
     def __init__(self, colorizer: Colorizer, arguments: argparse.Namespace) -> None:
         self.colorizer, self.arguments = colorizer, arguments
+        self._painters = threading.BoundedSemaphore(PAINTERS)
+        self.streams = Streams(colorizer.backend.device)
 
     def targets(self, job: Job) -> list[Path]:
         """All files that the job writes, the result last."""
@@ -129,9 +174,29 @@ class Worker:
         photograph = read(job.source)
         return photograph, self.colorizer.look(photograph)
 
-    def compute(self, job: Job, loaded: tuple[Photograph, Tensor]) -> tuple[Photograph, Pictures]:
-        photograph, look = loaded
-        prediction = self.colorizer.predict(photograph, look)
+    def alike(self, loaded: tuple[Photograph, Tensor]) -> tuple[tuple[int, ...], int]:
+        """What goes through the network together has one working size."""
+        _, look = loaded
+        return tuple(look.shape), self.colorizer.together(look)
+
+    def compute(self, loaded: list[tuple[Photograph, Tensor]]) -> list[Predicted]:
+        """Queues the network and the stages, and does not wait for them."""
+        with self.streams.own():
+            predictions = self.colorizer.predict_together([look for _, look in loaded])
+            ready = self.streams.mark()
+        pairs = zip(loaded, predictions, strict=True)
+        return [Predicted(photograph, prediction, ready) for (photograph, _), prediction in pairs]
+
+    def store(self, job: Job, done: Predicted) -> None:
+        photograph, prediction, ready = done
+        with self._painters, self.streams.own(after=ready):
+            pictures = self.paint(job, photograph, prediction)
+        like = {job.target, job.beside("raw", job.target.suffix)}
+        for path, pixels in pictures.items():
+            write_picture(path, pixels, photograph if path in like else None)
+
+    def paint(self, job: Job, photograph: Photograph, prediction: Prediction) -> Pictures:
+        """All pictures that the job asks for, the result last."""
         pictures: Pictures = {}
         if self.arguments.confidence:
             grid = prediction.confidence.mul(255).round().byte().cpu().numpy()
@@ -143,13 +208,7 @@ class Worker:
             pictures[job.beside("panel", ".png")] = panel(self.colorizer, photograph, prediction)
         # Last, so that a result that is there means that all is there.
         pictures[job.target] = self.colorizer.paint(photograph, prediction.final)
-        return photograph, pictures
-
-    def store(self, job: Job, done: tuple[Photograph, Pictures]) -> None:
-        photograph, pictures = done
-        like = {job.target, job.beside("raw", job.target.suffix)}
-        for path, pixels in pictures.items():
-            write_picture(path, pixels, photograph if path in like else None)
+        return pictures
 
 
 def _jobs(inputs: Sequence[str], trained: Trained, output: Path, stop: StopFlag) -> tuple[list[Job], list[str]]:
@@ -161,12 +220,6 @@ def _jobs(inputs: Sequence[str], trained: Trained, output: Path, stop: StopFlag)
         )
     found = photographs_of(trained.run, stop)
     return place([(stored, stored.name) for stored in found], output), []
-
-
-def _own_share(jobs: list[Job], complaints: list[str]) -> tuple[list[Job], list[str]]:
-    """Of several processes (torchrun, launch/slurm.py) each takes its part; they need no word between them."""
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    return jobs[rank::size], [] if rank else complaints
 
 
 def _output_of(trained: Trained) -> Path:
@@ -185,13 +238,18 @@ def _require_writable(output: Path) -> None:
         raise UserError(f"cannot write into --output {output}: {error.strerror}") from None
 
 
-def _backend(gpu: bool) -> Backend:
+def _own_cores() -> int:
+    """Cores for this process, where several share a machine."""
+    return max(1, usable_cores() // Ranks.from_environment().local_size)
+
+
+def _backend(gpu: bool, local_rank: int = 0) -> Backend:
     if not gpu:
         return TorchBackend()
     from dist_colorize.postprocess.cuda import CudaBackend
     from dist_colorize.postprocess.kernels import open_device
 
-    return CudaBackend(open_device())
+    return CudaBackend(open_device(local_rank))
 
 
 def _multiple(text: str) -> int:
@@ -247,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--jobs",
         type=_count,
-        default=min(8, usable_cores()),
+        default=min(8, _own_cores()),
         metavar="N",
         help="files read and written at a time (default: %(default)s)",
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, NamedTuple, TypeVar
 
@@ -57,23 +58,27 @@ class _Finished(NamedTuple, Generic[Work]):
 class Flow(Generic[Work, Loaded, Done]):
     """`for work, error in Flow(...).run(works)`: each work once, as completed, with None or its UserError.
 
-    `measure` (bytes that a work needs), `load` and `store` run in threads, `compute` in the caller's. Errors other than
-    UserError are bugs and are raised. `stop()` is asked before a new work begins: what has begun is finished, the rest
-    never comes.
+    `measure` (bytes that a work needs), `load` and `store` run in threads, `compute` in the caller's. `compute` takes
+    several works at a time: as many as are loaded and alike, up to a number; `alike(loaded)` gives what they must have
+    in common and that number. It never waits for more of them. Where it raises a UserError for several, each is tried
+    by itself. Errors other than UserError are bugs and are raised. `stop()` is asked before a new work begins: what has
+    begun is finished, the rest never comes.
     """
 
     def __init__(
         self,
         measure: Callable[[Work], int],
         load: Callable[[Work], Loaded],
-        compute: Callable[[Work, Loaded], Done],
+        alike: Callable[[Loaded], tuple[Hashable, int]],
+        compute: Callable[[list[Loaded]], list[Done]],
         store: Callable[[Work, Done], None],
         *,
         threads: int,
         bytes_at_once: int,
         stop: Callable[[], bool],
     ) -> None:
-        self.measure, self.load, self.compute, self.store = measure, load, compute, store
+        self.measure, self.load, self.store = measure, load, store
+        self.alike, self.compute = alike, compute
         self.threads, self.stop = threads, stop
         self._budget = Budget(bytes_at_once)
         self._least = -(-bytes_at_once // IN_FLIGHT)
@@ -118,17 +123,24 @@ class Flow(Generic[Work, Loaded, Done]):
 
     def _results(self, savers: ThreadPoolExecutor) -> Iterator[tuple[Work, UserError | None]]:
         loading, saving = self.threads, 0
-        while loading or saving:
+        waiting: deque[_Loaded[Work, Loaded]] = deque()
+        while loading or saving or waiting:
+            # All that has happened is looked at before anything is computed: more may be alike
+            if waiting and self._events.empty():
+                for item, result in self._computed(self._batch(waiting)):
+                    if isinstance(result, UserError):
+                        self._budget.release(item.cost)
+                        yield item.work, result
+                    else:
+                        savers.submit(self._save, item.work, item.cost, result)
+                        saving += 1
+                    del item, result  # they hold pixels
+                continue
             event = self._events.get()
             if event is None:
                 loading -= 1
             elif isinstance(event, _Loaded):
-                try:
-                    savers.submit(self._save, event.work, event.cost, self.compute(event.work, event.loaded))
-                    saving += 1
-                except UserError as error:
-                    self._budget.release(event.cost)
-                    yield event.work, error
+                waiting.append(event)
             else:
                 saving -= event.was_saving
                 self._budget.release(event.cost)
@@ -136,3 +148,28 @@ class Flow(Generic[Work, Loaded, Done]):
                     raise event.error
                 yield event.work, event.error
             del event  # it holds pixels
+
+    def _batch(self, waiting: deque[_Loaded[Work, Loaded]]) -> list[_Loaded[Work, Loaded]]:
+        """Takes the first and those like it."""
+        kind, most = self.alike(waiting[0].loaded)
+        batch: list[_Loaded[Work, Loaded]] = []
+        others: list[_Loaded[Work, Loaded]] = []
+        while waiting:
+            item = waiting.popleft()
+            fits = len(batch) < max(most, 1) and self.alike(item.loaded)[0] == kind
+            (batch if fits else others).append(item)
+        waiting.extend(others)
+        return batch
+
+    def _computed(self, batch: list[_Loaded[Work, Loaded]]) -> Iterator[tuple[_Loaded[Work, Loaded], Done | UserError]]:
+        try:
+            results = self.compute([item.loaded for item in batch])
+        except UserError as error:
+            if len(batch) == 1:
+                yield batch[0], error
+                return
+        else:
+            yield from zip(batch, results, strict=True)
+            return
+        for item in batch:
+            yield from self._computed([item])

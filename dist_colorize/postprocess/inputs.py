@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from dist_colorize.errors import UserError
 from dist_colorize.postprocess.encode import FORMATS, output_name
 from dist_colorize.postprocess.images import Source
+from dist_colorize.text import printable
 
 SUFFIXES = FORMATS.keys() | {".bmp", ".gif", ".avif", ".heic", ".heif"}
 """What counts as a photograph in a folder; a file that is named itself may be called anything."""
@@ -118,12 +119,6 @@ def walk(folder: Path, skip: Path) -> Iterator[Path]:
             elif Path(entry.name).suffix.lower() in SUFFIXES:
                 yield Path(entry.path)
         pending += reversed(folders)
-
-
-def printable(name: object) -> str:
-    """A path for a report: one line, whatever bytes it holds."""
-    text = os.fsencode(str(name)).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _matches(pattern: str, output: Path) -> Iterator[tuple[Path, Path]]:

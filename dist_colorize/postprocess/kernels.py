@@ -51,8 +51,11 @@ def options() -> tuple[str, ...]:
     return (*OPTIONS, f"-I{folder}", f"-DHEADERS=0x{digest.hexdigest()[:8]}")
 
 
-def open_device(index: int = 0) -> torch.device:
-    """The GPU with this index, ready for use; UserError in one line with the remedy where it cannot be used."""
+def open_device(local_rank: int = 0) -> torch.device:
+    """The GPU of this process of the node, ready for use; UserError in one line with the remedy where there is none.
+
+    Processes beyond the number of GPUs share them in turn; a cluster may show each task its own one only.
+    """
     cupy_module()
     try:
         torch.cuda.init()
@@ -62,10 +65,7 @@ def open_device(index: int = 0) -> torch.device:
         raise UserError(f"no GPU can be used ({first_line}): {DRIVER_REMEDY}") from None
     if count == 0:
         raise UserError(f"no GPU is visible (CUDA_VISIBLE_DEVICES?): {DRIVER_REMEDY}")
-    if index >= count:
-        raise UserError(
-            f"GPU {index} does not exist, this machine shows {count}: start at most {count} processes per node"
-        )
+    index = local_rank % count
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST_ARCHITECTURE:
         found, needed = (".".join(map(str, version)) for version in (capability, OLDEST_ARCHITECTURE))

@@ -39,6 +39,12 @@ class Agreement:
     def ok(self) -> bool:
         return self.share <= self.most
 
+    def __str__(self) -> str:
+        return (
+            f"{self.name:22}off by {self.worst:.2g} at most; "
+            f"{100 * self.share:.3g} % by more than {self.tolerance:g} (allowed: {100 * self.most:g} %)"
+        )
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -51,6 +57,10 @@ class Speed:
     """The least that any kernel would have to move for it: inputs once, results once."""
     share_of_copy: float
     """Its bytes in a second over those of the copy (read and write both counted)."""
+
+    def __str__(self) -> str:
+        rate = self.bytes / self.seconds / 1e9
+        return f"{self.name:22}{100 * self.share_of_copy:5.1f} %   {1e6 * self.seconds:.0f} us, {rate:.0f} GB/s"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -130,7 +131,9 @@ _stream: list[Any] = [None]
 
 
 class Stream:
-    """CuPy's current stream: a kernel may only run in torch's."""
+    """CuPy's current stream: a kernel may only run in torch's. One thread at a time; the emulator is one device."""
+
+    _device = threading.Lock()
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -140,11 +143,13 @@ class Stream:
         return cls(stream)
 
     def __enter__(self) -> Stream:
+        self._device.acquire()
         _stream[0] = self.stream
         return self
 
     def __exit__(self, *_: object) -> None:
         _stream[0] = None
+        self._device.release()
 
 
 class DeviceMemory(TorchFunctionMode):

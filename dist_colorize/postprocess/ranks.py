@@ -1,0 +1,73 @@
+"""Several processes on one set of photographs: who takes which, who speaks, who leaves when.
+
+They need no process group: each takes every so-manyth photograph, by RANK and WORLD_SIZE, as torchrun and
+launch/slurm.py set them. When one dies, its unfinished photographs are all that is lost.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from dist_colorize.distributed import StopFlag
+from dist_colorize.errors import OK
+
+Item = TypeVar("Item")
+
+STORE_SECONDS = 30
+"""How long a rank tries to reach torchrun's store."""
+POLL_SECONDS = 0.2
+"""How often a rank that failed looks whether the others have finished."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share the photographs."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        return cls(*(int(os.environ.get(name, default)) for name, default in names.items()))
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        """What this process' lines begin with."""
+        return f"[rank {self.rank}] " if self.size > 1 else ""
+
+    def own(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process' part; all parts together are the whole, each item in one."""
+        return items[self.rank :: self.size]
+
+    def leave(self, code: int, stop: StopFlag) -> int:
+        """Gives `code` back when this process may end with it.
+
+        torchrun ends all processes as soon as one leaves with another code than 0. So one whose photographs could not
+        all be read waits for the others here.
+        """
+        if self.size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return code
+        try:
+            seconds = timedelta(seconds=STORE_SECONDS)
+            store, *_ = next(dist.rendezvous("env://", self.rank, self.size, timeout=seconds))
+            store.set(f"finished/{self.rank}", str(code))
+            everyone = [f"finished/{rank}" for rank in range(self.size)]
+            while code != OK and not stop.requested and not store.check(everyone):
+                time.sleep(POLL_SECONDS)
+        except RuntimeError:  # the store has gone with torchrun: there is nobody left to wait for
+            pass
+        return code
