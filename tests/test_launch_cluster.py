@@ -31,7 +31,7 @@ TINY = [
     "checkpoint.every=1000",
 ]
 CPUS = ["--gpus-per-node", "0", "--cpus-per-task", "1"]
-LONG = "train.steps=120"
+LONG = "train.steps=60"
 """Long enough to be cut off in the middle, on a fast machine too."""
 
 
@@ -92,9 +92,9 @@ class Job:
         return len(file.read_text().splitlines()) if file.exists() else 0
 
     def until_steps(self, count: int) -> None:
-        wait_for(lambda: self.steps >= count, 240, lambda: self.log)
+        wait_for(lambda: self.steps >= count, 400, lambda: self.log)
 
-    def until(self, state: str, seconds: float = 240) -> None:
+    def until(self, state: str, seconds: float = 600) -> None:
         """Wait for one of the states, "A|B"."""
         try:
             wait_for(lambda: self.scontrol("JobState") in state.split("|"), seconds)
@@ -174,7 +174,7 @@ def test_four_nodes_train_as_torchrun_does_on_one_host(submit: Submit, weights: 
 @pytest.mark.slow
 def test_four_nodes_with_two_tasks_each(submit: Submit, weights: Callable[..., Path]) -> None:
     job = submit("--nodes", "4", "--tasks-per-node", "2", "train.steps=4", "train.global_batch=8")
-    job.until("COMPLETED", 480)
+    job.until("COMPLETED")
     assert "rank 0 of 8" in job.log and job.scontrol("NumTasks") == "8"
     assert same_weights(job.run, weights(8, "train.steps=4", "train.global_batch=8"))
 
@@ -219,12 +219,12 @@ def test_a_warned_job_saves_comes_back_and_ends_in_the_same_weights(
     job.until_steps(3)
     job.cluster.run(["scancel", "--signal=USR2", job.id])
     job.until("COMPLETED")
-    stopped = re.search(r"interrupted: after step (\d+) of 120", job.log)
-    assert stopped and 3 <= int(stopped[1]) < 150
+    stopped = re.search(r"interrupted: after step (\d+) of 60", job.log)
+    assert stopped and 3 <= int(stopped[1]) < 60
     assert f"step-{int(stopped[1]):08d}.pt, step {stopped[1]}" in job.log  # no step was lost
     assert job.scontrol("Restarts") == "1"
     assert re.search(r"back at work: step \d+ done [\d.]+ s after", job.log)
-    assert_every_step_once(job.run, 120)
+    assert_every_step_once(job.run, 60)
     assert same_weights(job.run, weights(2, LONG))
 
 
@@ -278,7 +278,7 @@ def test_a_crashed_rank_comes_back(submit: Submit, weights: Callable[..., Path])
     assert "failed with exit code 137; requeued" in job.log
     resumed = re.search(r"resuming from .*, step (\d+)", job.log)
     assert resumed and int(resumed[1]) >= 4
-    assert_every_step_once(job.run, 120)
+    assert_every_step_once(job.run, 60)
     assert same_weights(job.run, weights(2, LONG))
 
 
@@ -294,8 +294,8 @@ def test_a_job_that_cannot_work_is_not_repeated(submit: Submit, tmp_path: Path) 
 def test_the_real_time_limit(submit: Submit) -> None:
     """SLURM looks at limits every 30 s and warns up to 60 s early: of two minutes, after half a one at least."""
     job = submit("--nodes", "1", "--time", "2", "--warning", "30", "train.steps=100000")
-    wait_for(lambda: "interrupted, its work is saved; requeued" in job.log, 180, lambda: job.log)
-    wait_for(lambda: "back at work" in job.log, 120, lambda: job.log)
+    wait_for(lambda: "interrupted, its work is saved; requeued" in job.log, 400, lambda: job.log)
+    wait_for(lambda: "back at work" in job.log, 400, lambda: job.log)
     stopped, resumed = re.search(r"after step (\d+)", job.log), re.search(r"resuming from .*, step (\d+)", job.log)
     assert stopped and resumed and stopped[1] == resumed[1]
 
@@ -307,14 +307,14 @@ def test_a_node_that_loses_power(submit: Submit, cluster: Cluster, weights: Call
     node = int(job.scontrol("NodeList")[-2])  # node[1-2]
     cluster.power_off(node)
     try:
-        job.until("COMPLETED", 300)
+        job.until("COMPLETED")
     finally:
         cluster.power_on(node)
         cluster.wait_until_idle(120)
     assert job.scontrol("Restarts") == "1"
     silence = re.search(r"back at work: step \d+ done ([\d.]+) s after the last sign of life", job.log)
     assert silence and 5 < float(silence[1]) < 200
-    assert_every_step_once(job.run, 120)
+    assert_every_step_once(job.run, 60)
     assert same_weights(job.run, weights(2, LONG))
 
 
@@ -326,8 +326,8 @@ def test_a_node_that_loses_its_slurmd(submit: Submit, cluster: Cluster) -> None:
     node = int(job.scontrol("NodeList")[-1])
     cluster.kill_slurmd(node)
     try:
-        wait_for(lambda: "start 1 of this job has taken over; start 0 leaves" in job.log, 120, lambda: job.log)
-        wait_for(lambda: "back at work" in job.log, 120, lambda: job.log)
+        wait_for(lambda: "start 1 of this job has taken over; start 0 leaves" in job.log, 400, lambda: job.log)
+        wait_for(lambda: "back at work" in job.log, 400, lambda: job.log)
         assert job.scontrol("NodeList") != f"node{node}"
         job.cancel()
     finally:
@@ -341,11 +341,11 @@ def test_preemption_by_a_higher_partition(submit: Submit, cluster: Cluster, weig
     job.until_steps(3)
     high = cluster.run(["sbatch", "--partition=high", "--nodes=4", "--exclusive", "--wrap", "sleep 3"])
     assert high.returncode == 0, high.stderr
-    job.until("COMPLETED", 300)
+    job.until("COMPLETED")
     assert job.scontrol("Restarts") in ("1", "2")
     stopped, resumed = re.search(r"after step (\d+)", job.log), re.search(r"resuming from .*, step (\d+)", job.log)
     assert stopped and resumed and stopped[1] == resumed[1]
-    assert_every_step_once(job.run, 120)
+    assert_every_step_once(job.run, 60)
     assert same_weights(job.run, weights(2, LONG))
 
 
@@ -395,7 +395,7 @@ def test_a_sweep_is_an_array_with_a_run_for_each_combination(
     cluster: Cluster, launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     sweep = ["--sweep", "train.lr=1e-3,3e-4", "loss.rebalance=0.25"]
-    done = launch(*CPUS, *TINY, "train.steps=3", f"run.root={tmp_path}", "--follow", *sweep, timeout=400)
+    done = launch(*CPUS, *TINY, "train.steps=3", f"run.root={tmp_path}", "--follow", *sweep, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("COMPLETED") == 2
     runs = sorted(tmp_path.glob("*/0*"))
@@ -414,12 +414,12 @@ def test_evaluation_and_post_processing_are_shared_out(
     before = json.loads((run / "evaluation.json").read_text())
     (run / "evaluation.json").unlink()
     two = [*CPUS, "--nodes", "2", "--follow", f"run.root={tmp_path}", "--job"]
-    evaluation = launch(*two, "evaluate", str(run), timeout=400)
+    evaluation = launch(*two, "evaluate", str(run), timeout=900)
     assert evaluation.returncode == 0, evaluation.stdout + evaluation.stderr
     after = json.loads((run / "evaluation.json").read_text())
     assert after["scores"]["final"]["psnr"] == pytest.approx(before["scores"]["final"]["psnr"], rel=1e-6)
     output = tmp_path / "out"
-    post = launch(*two, "postprocess", "--checkpoint", str(run), "--output", str(output), "--size", "32", timeout=400)
+    post = launch(*two, "postprocess", "--checkpoint", str(run), "--output", str(output), "--size", "32", timeout=900)
     assert post.returncode == 0, post.stdout + post.stderr
     assert len([path for path in output.rglob("*") if path.is_file()]) == 8
     logs = sorted(tmp_path.glob("slurm-postprocess-*/*_log.out"))
@@ -437,12 +437,12 @@ def test_the_batch_script_for_torchrun(
     sent = cluster.run(command, env=environment | python, cwd=CHECKOUT)
     assert sent.returncode == 0, sent.stderr
     job = Job(cluster, sent.stdout.strip(), run, f"log: {tmp_path}/x_0_log.out")
-    wait_for(lambda: job.steps >= 3, 240, lambda: log.read_text() if log.exists() else "")
+    wait_for(lambda: job.steps >= 3, 600, lambda: log.read_text() if log.exists() else "")
     cluster.run(["scancel", "--signal=USR2", job.id])
-    wait_for(lambda: job.scontrol("JobState") in ("COMPLETED", "FAILED"), 240, lambda: log.read_text())
+    wait_for(lambda: job.scontrol("JobState") in ("COMPLETED", "FAILED"), 600, lambda: log.read_text())
     assert "interrupted, its work is saved; requeued" in log.read_text()
     assert job.scontrol("JobState") == "COMPLETED"
-    assert_every_step_once(run, 120)
+    assert_every_step_once(run, 60)
     assert same_weights(run, weights(2, LONG))
 
 
