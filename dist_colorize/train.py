@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=8 -m dist_colorize.train --config configs/final.yaml data.root=/photos
     torchrun --nproc_per_node=8 -m dist_colorize.train --config RUN/config.yaml run.dir=RUN  # goes on where RUN stopped
 
-Exit codes: 0 finished, 75 interrupted by a signal and resumable, 1 failed, 2 bad usage.
+Exit codes of a rank: 0 finished, 75 interrupted by a signal and resumable, 1 failed, 2 bad usage. torchrun itself
+returns 1 for all but the first, and prints the rank's code as `exitcode`.
 """
 
 from __future__ import annotations
