@@ -359,7 +359,7 @@ def as_rank(folder: Path, arguments: list[str]) -> None:
         nonlocal told
         if rank == 0 and (folder / "poison").exists():
             (folder / "poison").unlink()
-            ab = ab * float("nan")
+            lightness = lightness * float("nan")
         loss = genuine(self, number, lightness, ab)
         if steps is not None:
             steps.write(f"{number + 1:<12}")

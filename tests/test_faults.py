@@ -87,10 +87,10 @@ def scored(monkeypatch: pytest.MonkeyPatch, values: Iterator[float]) -> None:
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, action: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
-    """`action(step, ab)` runs before each step, counted from 0, and returns the ab that is trained on."""
+    """`action(step, L)` runs before each step, counted from 0, and returns the L that is trained on."""
     genuine = Optimisation.step
     monkeypatch.setattr(
-        Optimisation, "step", lambda self, number, L, ab: genuine(self, number, L, action(number, ab.clone()))
+        Optimisation, "step", lambda self, number, L, ab: genuine(self, number, action(number, L.clone()), ab)
     )
 
 
@@ -228,10 +228,10 @@ def test_an_interrupted_run_tries_again_what_failed_before(
 ) -> None:
     """The save of step 3 failed and no step was made since: the last one before leaving must be made all the same."""
 
-    def stop(step: int, ab: torch.Tensor) -> torch.Tensor:
+    def stop(step: int, L: torch.Tensor) -> torch.Tensor:
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return ab
+        return L
 
     at_step(monkeypatch, stop)
     failing = iter([True])
@@ -252,10 +252,10 @@ def test_the_best_checkpoint_stays(run: Run, quick: None, tmp_path: Path, monkey
     often = ["train.validate_every=1", "checkpoint.every=100", "checkpoint.keep=1"]
     cut = iter([False] * 3 + [True])
 
-    def stop(step: int, ab: torch.Tensor) -> torch.Tensor:
+    def stop(step: int, L: torch.Tensor) -> torch.Tensor:
         if next(cut, False):
             os.kill(os.getpid(), signal.SIGTERM)
-        return ab
+        return L
 
     at_step(monkeypatch, stop)
     with pytest.raises(Interrupted):  # after step 4, validated after steps 1, 2, 3
@@ -276,7 +276,7 @@ def test_a_batch_of_nan_changes_nothing_and_is_counted(
     genuine = Optimisation.step
 
     def step(self: Optimisation, number: int, L: torch.Tensor, ab: torch.Tensor) -> torch.Tensor:
-        loss = genuine(self, number, L, ab * (float("nan") if number in (2, 3) else 1))
+        loss = genuine(self, number, L * (float("nan") if number in (2, 3) else 1), ab)
         moments = {f"{i}.{k}": v for i, (_, s) in enumerate(self.adam.state.items()) for k, v in s.items()}
         states.append({k: v.clone() for k, v in (self.module.network.state_dict() | moments).items()})
         return loss
@@ -295,7 +295,7 @@ def test_a_batch_of_nan_changes_nothing_and_is_counted(
 def test_nothing_but_nan_stops_the_run_with_the_last_good_weights(
     run: Run, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_step(monkeypatch, lambda step, ab: ab * float("inf") if step >= 2 else ab)
+    at_step(monkeypatch, lambda step, L: L * float("inf") if step >= 2 else L)
     with pytest.raises(RunFailed, match=r"3 steps in a row had a loss .* train.max_skipped=2.* train.lr") as error:
         run(tmp_path / "run", "train.max_skipped=2", "train.steps=20", "checkpoint.every=2", "train.validate_every=0")
     assert error.value.code == FAILURE
@@ -310,12 +310,12 @@ def test_nothing_but_nan_stops_the_run_with_the_last_good_weights(
 
 
 def going_bad(names: list[str], photographs: Path) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    def damage(step: int, ab: torch.Tensor) -> torch.Tensor:
+    def damage(step: int, L: torch.Tensor) -> torch.Tensor:
         if step == 1:
             for name in names:
                 path = photographs / name
                 path.write_bytes(path.read_bytes()[:300]) if name != "0.png" else path.unlink()
-        return ab
+        return L
 
     return damage
 
@@ -353,10 +353,10 @@ def test_restarted_workers_find_the_folder_of_their_first_attempt(
     class Crash(Exception):
         pass
 
-    def crash(step: int, ab: torch.Tensor) -> torch.Tensor:
+    def crash(step: int, L: torch.Tensor) -> torch.Tensor:
         if step == 4:
             raise Crash
-        return ab
+        return L
 
     def attempt(job: str, number: int) -> None:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)

@@ -37,7 +37,7 @@ def main(result: str, *overrides: str) -> None:
             # ranks differ in how rare their colours are: a mean of the ranks' means would show
             ab = torch.randn(8, 2, 32, 32, generator=generator) * torch.linspace(2, 40, 8).view(8, 1, 1, 1)
             if overrides[3:] and step == 1 and world.rank == world.size - 1:
-                ab[mine] *= float("nan")
+                lightness[mine] *= float("nan")
             losses.append(optimisation.step(step, lightness[mine], ab[mine]).item())
             skipped.append(optimisation.skipped.tolist())
             weights.append({name: value.clone() for name, value in network.state_dict().items()})
