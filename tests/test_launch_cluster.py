@@ -329,7 +329,7 @@ def test_a_node_that_loses_its_slurmd(submit: Submit, cluster: Cluster) -> None:
         wait_for(lambda: "start 1 of this job has taken over; start 0 leaves" in job.log, 400, lambda: job.log)
         wait_for(lambda: "back at work" in job.log, 400, lambda: job.log)
         assert job.scontrol("NodeList") != f"node{node}"
-        job.cancel()
+        cluster.run(["scancel", job.id])
     finally:
         cluster.restart_slurmd(node)
         cluster.wait_until_idle(120)

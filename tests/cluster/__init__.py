@@ -158,7 +158,7 @@ class Cluster:
         return 0
 
     def _complaints(self) -> str:
-        logs = [*self.folder.glob("log/*.out"), *self.folder.glob("log/*.log")]
+        logs = [log for log in (self.folder / "log" / name for name in ("login.out", "slurmctld.log")) if log.exists()]
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in logs)
 
 
