@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_colorize.color.gamut import BINS
@@ -35,3 +36,12 @@ class Objective(nn.Module):
         Both 0-dim fp32, over this rank's pixels at output stride. Weights have mean 1 or near it.
         """
         raise NotImplementedError
+
+
+def predicted_ab(features: Tensor, head: nn.Conv2d) -> Tensor:
+    """What a head of 2 channels puts out, in fp32: features [B, 64, h, w] -> ab / AB_SCALE [B, 2, h, w].
+
+    As a matrix product: the gradient of a 1x1 convolution over channels-last features has strides that DDP must copy.
+    """
+    # [B, 64, h, w] -> [B, h, w, 64], a view -> [B, h, w, 2] -> [B, 2, h, w]
+    return F.linear(features.movedim(1, -1), head.weight.flatten(1), head.bias).movedim(-1, 1).float()

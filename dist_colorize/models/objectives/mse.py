@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dist_colorize.color.lab import AB_SCALE
 from dist_colorize.models.network import OUTPUT_STRIDE
-from dist_colorize.models.objectives.base import Objective
+from dist_colorize.models.objectives.base import Objective, predicted_ab
 
 
 class SquaredError(Objective):
@@ -20,6 +20,6 @@ class SquaredError(Objective):
 
     def forward(self, features: Tensor, head: nn.Conv2d, lightness: Tensor, ab: Tensor) -> tuple[Tensor, Tensor]:
         target = F.avg_pool2d(ab, OUTPUT_STRIDE) / AB_SCALE
-        predicted = head(features).float()
+        predicted = predicted_ab(features, head)
         pixels = target.new_tensor(float(target[:, 0].numel()))
         return (predicted - target).square().sum(dtype=torch.float32) / 2, pixels

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dist_colorize.color.lab import AB_SCALE, lab_to_srgb
 from dist_colorize.models.encoder import Encoder
 from dist_colorize.models.network import IMAGENET_MEAN, IMAGENET_STD, OUTPUT_STRIDE, Network
-from dist_colorize.models.objectives.base import Objective
+from dist_colorize.models.objectives.base import Objective, predicted_ab
 
 LEVELS = 3
 """Features that are compared: those at strides 2, 4 and 8."""
@@ -56,7 +56,7 @@ class Perceptual(Objective):
         return self._shared[0] if self.copy is None else self.copy
 
     def forward(self, features: Tensor, head: nn.Conv2d, lightness: Tensor, ab: Tensor) -> tuple[Tensor, Tensor]:
-        predicted = head(features).float() * AB_SCALE
+        predicted = predicted_ab(features, head) * AB_SCALE
         # as post-processing does: [B, 2, H/2, W/2] -> [B, 2, H, W]
         predicted = F.interpolate(predicted, scale_factor=OUTPUT_STRIDE, mode="bilinear", align_corners=False)
         with torch.no_grad():
