@@ -58,7 +58,7 @@ def build(config: ModelConfig) -> Network:
         network.encoder.freeze()
     # not the head: its 1x1 weight is used as a matrix, whose gradient is laid out as one
     for part in (network.encoder, network.decoder):
-        part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        part.to(memory_format=torch.channels_last)
     return network
 
 
