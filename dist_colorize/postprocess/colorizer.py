@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dist_colorize.errors import UserError
 from dist_colorize.postprocess.images import Photograph, lightness
+from dist_colorize.postprocess.memory import is_full
 from dist_colorize.postprocess.stages import Backend, Preset, decode_and_run
 
 MULTIPLE = 16
@@ -61,7 +62,12 @@ class Colorizer:
         """
         if size < MULTIPLE or size % MULTIPLE:
             raise ValueError(f"size must be a multiple of {MULTIPLE}, got {size}")
-        self.network = network.eval().to(backend.device)
+        try:
+            self.network = network.eval().to(backend.device)
+        except RuntimeError as error:
+            if is_full(error):
+                raise UserError(f"the memory of {backend.device} is full: end other programs on it") from None
+            raise
         self.preset, self.backend, self.size = preset, backend, size
         on_gpu = backend.device.type == "cuda"
         self.memory = memory or (torch.cuda.mem_get_info(backend.device)[0] // 2 if on_gpu else 0)
@@ -93,7 +99,9 @@ class Colorizer:
             features = self.network.features(seen.to(self.backend.device, non_blocking=True))
             # [313, C, 1, 1] -> [313, C]
             stages, confidence = decode_and_run(self.preset, self.backend, features, head.weight.flatten(1), head.bias)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
             self.memory //= 2
             height, width = seen.shape[2:]
             raise UserError(
@@ -118,7 +126,9 @@ class Colorizer:
                 level = photograph.lightness(start, start + rows).to(self.backend.device)
                 strip = self.backend.compose(level, ab, (height, width), start, photograph.bits)
                 result[start : start + rows] = strip.cpu().numpy()
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_full(error):
+                    raise
                 if rows == 1:
                     raise UserError(f"the memory of {self.backend.device} is full: end other programs on it") from None
                 rows //= 2

@@ -9,6 +9,8 @@ from dist_colorize.errors import UserError
 
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
+FULL = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+"""What torch's errors say: of CUDA's memory, of a library's own on the GPU, of the machine's."""
 
 
 def require_memory(needed: int) -> None:
@@ -16,6 +18,11 @@ def require_memory(needed: int) -> None:
     free = free_memory()
     if free is not None and needed > free:
         raise UserError(f"needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")
+
+
+def is_full(error: RuntimeError) -> bool:
+    """Whether torch failed because a memory is full: torch.OutOfMemoryError is only one of the ways it says so."""
+    return any(words in str(error) for words in FULL)
 
 
 def free_memory() -> int | None:
