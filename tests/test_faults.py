@@ -369,10 +369,10 @@ def test_restarted_workers_find_the_folder_of_their_first_attempt(
             attempt("job", 0)
         with pytest.raises(Crash):
             attempt("another", 0)
-    first, second = sorted((path for path in tmp_path.glob("colorize-*")), key=lambda path: path.stat().st_mtime)
+    first, second = sorted((path for path in tmp_path.glob("quickstart-*")), key=lambda path: path.stat().st_mtime)
     attempt("job", 1)
-    assert sorted(tmp_path.glob("colorize-*")) == sorted([first, second])
+    assert sorted(tmp_path.glob("quickstart-*")) == sorted([first, second])
     assert last_state(first)["step"] == 6 and last_state(second)["step"] == 4
     assert len(list(tmp_path.glob(".torchrun-*"))) == 1  # that of the other job
     attempt("job", 0)  # the same name later is another job
-    assert len(list(tmp_path.glob("colorize-*"))) == 3
+    assert len(list(tmp_path.glob("quickstart-*"))) == 3
