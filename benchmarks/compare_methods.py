@@ -118,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     how |= {"steps": recipe.train.steps, "global_batch": recipe.train.global_batch, "width": recipe.model.width}
     how |= {"encoder": recipe.model.encoder, "machine": machine(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     how["seconds"] = {
-        "training, each": {f"{method}, seed {seed}": round(t) for (method, seed), t in took.items()},
+        "training, those not finished before": {
+            f"{method}, seed {seed}": round(t) for (method, seed), t in took.items() if t
+        },
         "all": round(time.monotonic() - started),
     }
     columns = {key: per_photograph(results) for key, results in tables.items()}
@@ -162,7 +164,7 @@ def train(method: str, seed: int, overrides: Sequence[str], output: Path, ranks:
 
 
 def per_photograph(results: Sequence[Evaluation]) -> dict[str, NDArray[np.float64]]:
-    """Metric -> value of each photograph after all stages, the mean over the seeds: float64 [photographs]; and rarity."""
+    """Metric -> value of each photograph after all stages, the mean over seeds: float64 [photographs]; rarity."""
     names = results[0].scores["final"]
     columns = {
         name: np.mean([[one.scores["final"][name] for one in result.photographs] for result in results], axis=0)
