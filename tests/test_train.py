@@ -94,8 +94,10 @@ def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
     assert all({"step", "loss", "images_per_second", "data_wait"} <= line.keys() for line in lines)
     assert all(0 <= line["data_wait"] <= 1 and line["images_per_second"] > 0 for line in lines)
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == [
+        "best",
         "latest",
         "step-00000003.pt",
+        "step-00000004.pt",  # the best one when it was validated
         "step-00000006.pt",
     ]
     state = last_state(finished)
@@ -139,7 +141,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(train: Train, finished: Path, t
 
 
 def test_another_world_size_sees_the_same_samples(train: Train, finished: Path, tmp_path: Path) -> None:
-    """Three steps with two ranks, then three with one, then with four: the losses follow within summation order."""
+    """Four steps with two ranks, then two with one, or with four: the losses follow within summation order."""
     for ranks in (1, 4):
         cut = tmp_path / str(ranks)
         shutil.copytree(finished, cut, symlinks=True)
