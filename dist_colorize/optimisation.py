@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dist_colorize.distributed import World, default_precision
 from dist_colorize.errors import UserError
 from dist_colorize.models import TrainingModule
-from dist_colorize.models.network import OUTPUT_STRIDE, Network
+from dist_colorize.models.network import MULTIPLE, OUTPUT_STRIDE, Network
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -111,10 +111,23 @@ class Optimisation:
         self.adam = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == "fp16")
         self.skipped = torch.zeros(2, dtype=torch.int64, device=world.device)
-        """Steps skipped for a non-finite loss or gradient: in all, and in a row up to now. Reading it waits for the GPU."""
+        """Steps skipped as loss or gradient were not finite: in all, and in a row by now. Reading waits for the GPU."""
         self.average = None
         if config.ema is not None:
             self.average = AveragedModel(module.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self._settle()
+
+    def _settle(self) -> None:
+        """One backward pass that counts for nothing.
+
+        After its first backward pass DDP lays out its buckets anew, in the order in which gradients became ready, and
+        sums in another order from then on. Done before the first step of every process, the first step after a resume
+        sums as the same step of a run that was never cut: with three ranks or more the bits depend on it.
+        """
+        lightness = torch.zeros(1, 1, MULTIPLE, MULTIPLE, device=self.world.device)
+        loss, _ = self.ddp(lightness, lightness.expand(1, 2, MULTIPLE, MULTIPLE))
+        loss.backward()
+        self.adam.zero_grad(set_to_none=True)
 
     @property
     def network(self) -> Network:

@@ -140,6 +140,18 @@ def test_resumed_equals_uninterrupted_to_the_bit(train: Train, finished: Path, t
     assert losses(cut) == losses(finished)
 
 
+def test_resumed_equals_uninterrupted_to_the_bit_at_four_ranks(train: Train, tmp_path: Path) -> None:
+    """From three ranks on the order of summation matters, and DDP changes it after its first backward pass."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train(4, f"run.dir={whole}").returncode == 0
+    shutil.copytree(whole, cut, symlinks=True)
+    (cut / "checkpoints" / "step-00000006.pt").unlink()
+    done = train(4, f"run.dir={cut}", config=cut / "config.yaml")
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(last_state(cut)["model"], last_state(whole)["model"])
+    assert losses(cut) == losses(whole)
+
+
 def test_another_world_size_sees_the_same_samples(train: Train, finished: Path, tmp_path: Path) -> None:
     """Four steps with two ranks, then two with one, or with four: the losses follow within summation order."""
     for ranks in (1, 4):
