@@ -17,14 +17,18 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
+    parser.addoption("--endurance", action="store_true", help="run the tests that take from minutes to hours too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    asked_for_slow = config.getoption("--slow") or "slow" in config.getoption("-m")
+    asked_for = {
+        name: config.getoption(f"--{name}") or name in config.getoption("-m") for name in ("slow", "endurance")
+    }
     gpu = None
     for item in items:
-        if "slow" in item.keywords and not asked_for_slow:
-            item.add_marker(pytest.mark.skip(reason="slow: run it with --slow"))
+        for name, asked in asked_for.items():
+            if name in item.keywords and not asked:
+                item.add_marker(pytest.mark.skip(reason=f"{name}: run it with --{name}"))
         if "gpu" in item.keywords:
             gpu = _has_gpu() if gpu is None else gpu
             if not gpu:

@@ -152,7 +152,7 @@ def test_a_run_cut_at_random_collectives_ends_to_the_bit_like_a_whole_one(
     assert cuts >= 3
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_run_cut_at_every_collective_ends_to_the_bit_like_a_whole_one(
     run: Run, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -139,7 +139,7 @@ def test_ranks_without_their_launcher_save_and_leave(tmp_path: Path, cache: dict
     assert last_state(run)["step"] == max(losses(run))
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 160), (2, 40)])
 def test_no_kill_at_any_time_loses_a_run(tmp_path: Path, cache: dict[str, str], ranks: int, kills: int) -> None:
     """200 kill -9 in all, of one rank or all, most of them around checkpoint writes, as every step makes one."""

@@ -171,7 +171,7 @@ def test_four_nodes_train_as_torchrun_does_on_one_host(submit: Submit, weights: 
     assert (job.run / "config.yaml").read_text() == next(job.run.glob("slurm/*/recipe.yaml")).read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_four_nodes_with_two_tasks_each(submit: Submit, weights: Callable[..., Path]) -> None:
     job = submit("--nodes", "4", "--tasks-per-node", "2", "train.steps=4", "train.global_batch=8")
     job.until("COMPLETED")
@@ -339,7 +339,9 @@ def test_a_node_that_loses_its_slurmd(submit: Submit, cluster: Cluster) -> None:
 def test_preemption_by_a_higher_partition(submit: Submit, cluster: Cluster, weights: Callable[..., Path]) -> None:
     job = submit("--nodes", "2", "--exclusive", LONG)
     job.until_steps(3)
-    high = cluster.run(["sbatch", "--partition=high", "--nodes=4", "--exclusive", "--wrap", "sleep 3"])
+    high = cluster.run(
+        ["sbatch", "--partition=high", "--output=/dev/null", "--nodes=4", "--exclusive", "--wrap", "sleep 3"]
+    )
     assert high.returncode == 0, high.stderr
     job.until("COMPLETED")
     assert job.scontrol("Restarts") in ("1", "2")
@@ -450,7 +452,7 @@ def test_teardown_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> No
     """Twice in a row, with a job at work."""
     for _ in range(2):
         with Cluster(tmp_path_factory.mktemp("slurm"), nodes=2) as small:
-            assert small.run(["sbatch", "--nodes=2", "--wrap", "srun sleep 1000"]).returncode == 0
+            assert small.run(["sbatch", "--nodes=2", "--output=/dev/null", "--wrap", "srun sleep 1000"]).returncode == 0
             wait_for(lambda: "sleep" in "".join(map(_arguments, small.processes())), 30)
         assert small.processes() == []
     links = subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
