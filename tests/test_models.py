@@ -154,6 +154,21 @@ def test_loss_equals_plain_weighted_cross_entropy_in_float64() -> None:
         assert (ours.grad - theirs.grad).abs().max() <= 2e-3 * theirs.grad.abs().max() + 1e-6, name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_sum_of_losses_is_single_precision_under_autocast(dtype: torch.dtype) -> None:
+    """25600 pixels at log 313 each: infinite in fp16, rounded to 3 digits in bf16."""
+    network = build(TINY)
+    objective = RebalancedCrossEntropy(torch.ones(BINS))
+    features, lightness, ab = torch.rand(1, 64, 160, 160), torch.rand(1, 1, 320, 320), torch.randn(1, 2, 320, 320) * 20
+    exact, _ = objective(features, network.head, lightness, ab)
+    with torch.autocast("cpu", dtype):
+        loss, weight = objective(features.to(dtype), network.head, lightness, ab)
+    loss.backward()
+    assert loss.dtype == torch.float32 and weight.item() == 25600
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
+    assert network.head.weight.grad is not None and network.head.weight.grad.isfinite().all()
+
+
 def test_restore_takes_the_moving_average_and_refuses_another_architecture() -> None:
     network, average = build(TINY), build(TINY)
     state = {"config": {"model": {"width": 0.125, "encoder": "scratch"}}, "model": network.state_dict()}

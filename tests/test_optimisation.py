@@ -51,7 +51,7 @@ def test_step_does_not_depend_on_world_size_or_accumulation(
 
 
 def test_bf16_follows_fp32(torchrun: Torchrun, tmp_path: Path, alone: dict[str, Any]) -> None:
-    assert run(torchrun, tmp_path, 1, "bf16")["losses"] == pytest.approx(alone["losses"], rel=1e-2)
+    assert run(torchrun, tmp_path, 1, "bf16")["losses"] == pytest.approx(alone["losses"], rel=2e-3)
 
 
 def test_moving_average_lags_behind(torchrun: Torchrun, tmp_path: Path, alone: dict[str, Any]) -> None:

@@ -30,21 +30,20 @@ class CrossEntropy(Objective):
     def forward(self, features: Tensor, head: nn.Conv2d, lightness: Tensor, ab: Tensor) -> tuple[Tensor, Tensor]:
         # labels: [B, H/2, W/2] -> [B * H/2 * W/2]
         labels = self.gamut.nearest(F.avg_pool2d(ab, OUTPUT_STRIDE)).flatten().long()
-        # [B, 64, h, w] -> [B * h * w, 64]: a view, as the features lie channels last
-        rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+        # [B, 64, h, w] -> [B * h * w, 64]: a view, as the features lie channels last. In fp32: the sum over all pixels
+        # has the dtype of the rows, and would be rounded to 3 digits in bf16 and infinite in fp16.
+        rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1]).float()
         loss = F.linear_cross_entropy(
             rows,
             # [313, 64, 1, 1] -> [313, 64]
-            head.weight.flatten(1).to(rows.dtype),
+            head.weight.flatten(1),
             labels,
-            linear_bias=None if head.bias is None else head.bias.to(rows.dtype),
-            weight=self.class_weights.to(rows.dtype),
+            linear_bias=head.bias,
+            weight=self.class_weights,
             reduction="sum",
-            options=torch.nn.LinearCrossEntropyOptions(
-                chunking_method=None, batch_chunk_size=CHUNK[rows.device.type], acc_dtype=torch.float32
-            ),
+            options=torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=CHUNK[rows.device.type]),
         )
-        return loss.float(), self.class_weights[labels].sum()
+        return loss, self.class_weights[labels].sum()
 
 
 class RebalancedCrossEntropy(CrossEntropy):
