@@ -88,6 +88,13 @@ def assert_same_bits(one: Any, other: Any, where: str = "state") -> None:
         assert one == other, where
 
 
+def cut_after(run: Path, step: int) -> None:
+    """As if the run had been killed right after that checkpoint: `latest` and `best` may point nowhere."""
+    for checkpoint in (run / "checkpoints").glob("step-*.pt"):
+        if int(checkpoint.stem.removeprefix("step-")) > step:
+            checkpoint.unlink()
+
+
 def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -128,7 +135,7 @@ def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
 def test_resumed_equals_uninterrupted_to_the_bit(train: Train, finished: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut"
     shutil.copytree(finished, cut, symlinks=True)
-    (cut / "checkpoints" / "step-00000006.pt").unlink()  # as if killed before it was written; latest points nowhere
+    cut_after(cut, 3)
     done = train(2, f"run.dir={cut}", config=cut / "config.yaml")
     assert done.returncode == 0, done.stderr
     assert "step 3" in done.stdout
@@ -145,7 +152,7 @@ def test_resumed_equals_uninterrupted_to_the_bit_at_four_ranks(train: Train, tmp
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train(4, f"run.dir={whole}").returncode == 0
     shutil.copytree(whole, cut, symlinks=True)
-    (cut / "checkpoints" / "step-00000006.pt").unlink()
+    cut_after(cut, 3)
     done = train(4, f"run.dir={cut}", config=cut / "config.yaml")
     assert done.returncode == 0, done.stderr
     assert_same_bits(last_state(cut)["model"], last_state(whole)["model"])
@@ -157,7 +164,7 @@ def test_another_world_size_sees_the_same_samples(train: Train, finished: Path, 
     for ranks in (1, 4):
         cut = tmp_path / str(ranks)
         shutil.copytree(finished, cut, symlinks=True)
-        (cut / "checkpoints" / "step-00000006.pt").unlink()
+        cut_after(cut, 3)
         done = train(ranks, f"run.dir={cut}", config=cut / "config.yaml")
         assert done.returncode == 0, done.stderr
         assert losses(cut) == pytest.approx(losses(finished), rel=1e-4)
