@@ -71,7 +71,7 @@ setup(
         "pillow",  # captions in panels
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "nvidia-cuda-nvdisasm"],
     },
     classifiers=[
         "Environment :: GPU :: NVIDIA CUDA",
