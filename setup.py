@@ -71,6 +71,7 @@ setup(
         "pillow",  # captions in panels
     ],
     extras_require={
+        "benchmarks": ["opencv-python-headless", "numba", "kornia"],  # the peers
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "nvidia-cuda-nvdisasm"],
     },
     classifiers=[
