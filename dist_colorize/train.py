@@ -29,8 +29,9 @@ from dist_colorize.evaluation import FINAL, Evaluation, evaluate, protocol, writ
 from dist_colorize.models import METHODS, TrainingModule, build, initialise
 from dist_colorize.optimisation import Optimisation
 from dist_colorize.postprocess.stages import load_preset
+from dist_colorize.progress import Meter, Progress
 from dist_colorize.recipe import Recipe, load_recipe
-from dist_colorize.tracking import Meter, Progress, Run, open_run
+from dist_colorize.tracking import Run, open_run
 
 CALIBRATION = 32
 """Photographs on which an encoder trained from scratch measures its BatchNorm statistics."""
