@@ -165,19 +165,20 @@ class Run:
             self._guard(self._validation, step, scores, panel)
 
     def replaced(self, step: int, lines: list[dict[str, str]]) -> None:
-        """Append photographs that could not be used, as {"name": .., "reason": ..}, to replaced.jsonl."""
+        """Append photographs that could not be used, as {"root": .., "name": .., "reason": ..}, to replaced.jsonl."""
         if self.writes:
             text = "".join(json.dumps({"step": step} | line) + "\n" for line in lines)
             self._guard(_append, self.path / "replaced.jsonl", text)
 
-    def replaced_before(self) -> set[str]:
-        """Names in replaced.jsonl."""
-        names = set()
+    def replaced_before(self) -> set[tuple[str, str]]:
+        """Root and name of each photograph in replaced.jsonl."""
+        listed = set()
         with contextlib.suppress(FileNotFoundError):
             for line in (self.path / "replaced.jsonl").read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a kill cut off
-                    names.add(str(json.loads(line)["name"]))
-        return names
+                    entry = json.loads(line)
+                    listed.add((str(entry["root"]), str(entry["name"])))
+        return listed
 
     def close(self, state: State = "finished") -> None:
         """Write everything out and say in status.json how the run ended."""

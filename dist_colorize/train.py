@@ -10,27 +10,27 @@ returns 1 for all but the first, and prints the rank's code as `exitcode`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from dist_colorize import checkpoint, config
-from dist_colorize.checkpoint import SaveError, Writer, load_module
+from dist_colorize import config
+from dist_colorize.checkpoint import load_module
 from dist_colorize.color.gamut import BINS
 from dist_colorize.color.rebalance import class_weights, prior
 from dist_colorize.data import Loader, Order, evaluation_batches, open_photographs
 from dist_colorize.data.histogram import count_colours
 from dist_colorize.data.loader import Replaced
 from dist_colorize.distributed import StopFlag, World, session
-from dist_colorize.errors import Interrupted, RunFailed, UserError, run_command
+from dist_colorize.errors import Interrupted, RunFailed, run_command
 from dist_colorize.evaluation import FINAL, Evaluation, evaluate, protocol, write_evaluation
 from dist_colorize.models import METHODS, TrainingModule, build, initialise
 from dist_colorize.optimisation import Optimisation
 from dist_colorize.postprocess.stages import load_preset
 from dist_colorize.progress import Meter, Progress
 from dist_colorize.recipe import Recipe, load_recipe
+from dist_colorize.replacements import Replacements
+from dist_colorize.resume import Checkpoints, check_same_run, newest_checkpoint
 from dist_colorize.tracking import Run, open_run
 
 CALIBRATION = 32
@@ -57,6 +57,8 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
     state = newest_checkpoint(run, world)
     if state:
         check_same_run(state, recipe, training.fingerprint)
+    replacements = Replacements(run, world)
+    unusable: list[Replaced] = []  # what this rank meets outside the training stream
 
     # What the network is to learn: which colours are rare among these photographs.
     if state:
@@ -64,7 +66,7 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
     elif not METHODS[recipe.model.method].rebalances:
         weights = torch.ones(BINS)
     else:
-        cells = count_colours(training, recipe.data, recipe.loss.sample, world, stop)
+        cells = count_colours(training, recipe.data, recipe.loss.sample, world, stop, unusable)
         weights = class_weights(prior(cells, recipe.loss), recipe.loss.rebalance)
 
     # The network, and the optimizer around it.
@@ -77,57 +79,16 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
         initialise(network, recipe.model, loader.first(CALIBRATION).L.cpu())
     module = TrainingModule(network, METHODS[recipe.model.method](weights)).to(world.device)
     optimisation = Optimisation(module, settings, world)
-    checkpoints = Writer(run.checkpoints, recipe.checkpoint.keep)
-    if state:
-        optimisation.load_state_dict(state)
-        torch.set_rng_state(state["rng"][world.rank % len(state["rng"])])
+    facts = {"class_weights": weights, "fingerprint": training.fingerprint}
+    checkpoints = Checkpoints(recipe, run, world, optimisation, facts)
+    step = checkpoints.restore(state) if state else 0
 
-    saved = step = int(state["step"]) if state else 0
-    best: float | None = state["best"] if state else None
-
-    def validate(step: int) -> Evaluation:
-        nonlocal saved, best
-        batches = evaluation_batches(validation, recipe.data, world, recipe.evaluate.batch)
+    def validate() -> Evaluation:
+        batches = evaluation_batches(validation, recipe.data, world, recipe.evaluate.batch, unusable)
         result = evaluate(optimisation.network, batches, preset, world, recipe.evaluate.pictures, stop)
         run.validation(step, result.scores, result.panel() if result.pictures else None)
-        score = result.scores[FINAL]["psnr"]
-        if step and (best is None or score > best):
-            best = score
-            saved = step if step == saved else save(step)
-            checkpoints.mark_best(step)
+        checkpoints.keep_if_best(step, result.scores[FINAL]["psnr"])
         return result
-
-    def save(step: int) -> int:
-        whole = optimisation.state_dict() | {
-            "step": step,
-            "position": step * settings.global_batch,
-            "schedule": {"learning_rate": settings.learning_rate(step)},
-            "rng": world.gather_objects(torch.get_rng_state()),
-            "class_weights": weights,
-            "best": best,
-            "fingerprint": training.fingerprint,
-            "config": config.to_dict(recipe),
-            "run": str(run.path),
-        }
-        if world.is_leader:
-            checkpoints.save(step, whole)
-        return step
-
-    def all_is_saved() -> None:
-        failure = world.wait_for(lambda: str(checkpoints.wait() or ""))
-        if failure:
-            raise SaveError(failure, shared=True)
-
-    replaced = world.broadcast_object(run.replaced_before())
-
-    def list_replaced(step: int, own: Sequence[Replaced]) -> None:
-        """The photographs that no rank knew to be bad before. A collective."""
-        if not world.agree(any(one.name not in replaced for one in own)):
-            return
-        fresh = {one.name: one.reason for found in world.gather_objects(list(own)) for one in found}
-        fresh = {name: reason for name, reason in fresh.items() if name not in replaced}
-        run.replaced(step, [{"name": name, "reason": reason} for name, reason in fresh.items()])
-        replaced.update(fresh)
 
     # The steps. Between two of them all ranks agree on whether to go on; what is due before a step is done first, so
     # that a run cut off there does it again when it is resumed.
@@ -140,7 +101,7 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
                 if world.agree(stop.requested):
                     raise Interrupted(f"after step {step} of {settings.steps}; run.dir={run.path} goes on from there")
                 if settings.validate_every and step and step % settings.validate_every == 0:
-                    validate(step)
+                    validate()
                     meter.restart()
                 with meter.waiting():
                     batch = next(batches)
@@ -150,50 +111,32 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
                 meter.count(settings.global_batch)
                 progress.update(settings.global_batch, loss=loss)
                 if step % settings.log_every == 0 or step in (1, settings.steps):
-                    list_replaced(step, loader.replaced)
                     skipped, in_a_row = optimisation.skipped.tolist()
+                    replaced = replacements.share(step, loader.replaced + unusable)
                     run.log(
                         step,
                         loss=loss.item(),
                         learning_rate=settings.learning_rate(step - 1),
                         skipped=skipped,
-                        replaced=len(replaced),
+                        replaced=replaced,
                         save_stall=checkpoints.read_stall(),
                         **meter.read(),
                     )
-                    check_health(recipe, in_a_row, len(replaced), len(training))
+                    check_health(recipe, in_a_row, replaced, len(training))
                 if step % recipe.checkpoint.every == 0 or step == settings.steps:
-                    saved = save(step)
+                    checkpoints.save(step)
+            result = validate()
         except (Interrupted, RunFailed):
-            # What is already there is on the disk, or failed, when the next save begins.
-            if step > saved or world.wait_for(lambda: checkpoints.wait() is not None):
-                save(step)
-            all_is_saved()
+            replacements.share(step, loader.replaced + unusable)
+            checkpoints.save_before_leaving(step)
             raise
-        result = validate(step)
+    replacements.share(step, unusable)
 
     if world.is_leader:
         write_evaluation(run.path, result, protocol(recipe.data, recipe.evaluate.preset))
         print(f"{result.count} photographs:\n{result.table()}\npictures: {run.panels / 'final.png'}", flush=True)
-    all_is_saved()
+    checkpoints.finish()
     return result
-
-
-def newest_checkpoint(run: Run, world: World) -> dict[str, Any] | None:
-    """The newest whole checkpoint of the run folder, the same one on every rank; says what was skipped."""
-
-    def find() -> str | None:
-        found = checkpoint.newest(run.checkpoints)
-        if found is None:
-            return None
-        state, path, skipped = found
-        for line in skipped:
-            print(f"skipped: {line}", flush=True)
-        print(f"resuming from {path}, step {state['step']}", flush=True)
-        return str(path)
-
-    path = world.wait_for(find)
-    return None if path is None else checkpoint.load(Path(path))
 
 
 def check_health(recipe: Recipe, skipped_in_a_row: int, replaced: int, photographs: int) -> None:
@@ -212,31 +155,6 @@ def check_health(recipe: Recipe, skipped_in_a_row: int, replaced: int, photograp
             "or raise data.max_bad",
             shared=True,
         )
-
-
-def check_same_run(state: Mapping[str, Any], recipe: Recipe, fingerprint: str) -> None:
-    """Raises UserError when a resumed run would not be the same run: other data, order, network or loss."""
-    if state["fingerprint"] != fingerprint:
-        raise UserError(
-            f"data.root={recipe.data.root}: the photographs are not those of the checkpoint (fingerprint "
-            f"{fingerprint[:12]}, was {state['fingerprint'][:12]}); give those, or another run.dir to start anew",
-            shared=True,
-        )
-    now, then = config.to_dict(recipe), state["config"]
-    fixed = {
-        "data": ("crop", "scale", "ratio", "flip"),
-        "model": tuple(now["model"]),
-        "loss": tuple(now["loss"]),
-        "train": ("global_batch", "lr", "warmup", "schedule", "clip", "ema", "seed"),
-    }
-    for section, names in fixed.items():
-        for name in names:
-            if now[section][name] != then[section][name]:
-                raise UserError(
-                    f"{section}.{name}={now[section][name]}: the checkpoint was made with {then[section][name]}; set "
-                    f"{section}.{name}={then[section][name]}, or give another run.dir to start anew",
-                    shared=True,
-                )
 
 
 if __name__ == "__main__":

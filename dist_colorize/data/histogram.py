@@ -16,7 +16,7 @@ from dist_colorize.color.rebalance import CELLS, count_cells
 from dist_colorize.data.catalog import cache_folder
 from dist_colorize.data.columns import Photographs
 from dist_colorize.data.config import DataConfig
-from dist_colorize.data.loader import evaluation_batches
+from dist_colorize.data.loader import Replaced, evaluation_batches
 from dist_colorize.distributed import StopFlag, World
 from dist_colorize.errors import Interrupted
 from dist_colorize.files import replacing
@@ -25,29 +25,40 @@ BATCH = 16
 """Photographs per rank between two looks at the stop flag."""
 
 
-def count_colours(photographs: Photographs, config: DataConfig, sample: float, world: World, stop: StopFlag) -> Tensor:
+def count_colours(
+    photographs: Photographs,
+    config: DataConfig,
+    sample: float,
+    world: World,
+    stop: StopFlag,
+    replaced: list[Replaced] | None = None,
+) -> Tensor:
     """Colours of the photographs, each as evaluation shows it, in cells of one ab unit: int64 [CELLS], on the CPU.
 
     The same to the bit at any world size: counts are integers, and every photograph is counted by one rank. `sample`
     below 1 counts the first share of the rows, which the index keeps in random order. The result is kept in the cache
-    folder under the data's fingerprint. A collective; raises Interrupted on all ranks when any was asked to stop.
+    folder under the data's fingerprint, unless a photograph could not be read: `replaced` takes those. A collective;
+    raises Interrupted on all ranks when any was asked to stop.
     """
+    replaced = [] if replaced is None else replaced
     count = max(1, math.ceil(len(photographs) * sample))
     cached = _cache_file(photographs.fingerprint, config.crop, count)
     cells = world.broadcast_object(_read(cached) if world.is_leader else None)
     if cells is None:
-        cells = _count(photographs.rows(0, count), config, world, stop)
-        if world.is_leader:
+        cells = _count(photographs.rows(0, count), config, world, stop, replaced)
+        if not world.agree(bool(replaced)) and world.is_leader:
             cached.parent.mkdir(parents=True, exist_ok=True)
             with replacing(cached) as temporary, temporary.open("wb") as file:
                 np.save(file, cells.numpy(), allow_pickle=False)
     return cells
 
 
-def _count(photographs: Photographs, config: DataConfig, world: World, stop: StopFlag) -> Tensor:
+def _count(
+    photographs: Photographs, config: DataConfig, world: World, stop: StopFlag, replaced: list[Replaced]
+) -> Tensor:
     cells = torch.zeros(CELLS, dtype=torch.int64, device=world.device)
     with tqdm(total=len(photographs), desc="colours", unit=" photographs", disable=not world.is_leader) as bar:
-        for batch in evaluation_batches(photographs, config, world, BATCH):
+        for batch in evaluation_batches(photographs, config, world, BATCH, replaced):
             if world.agree(stop.requested):
                 raise Interrupted("while counting colours")
             cells += count_cells(batch.ab[batch.weight > 0])

@@ -66,6 +66,8 @@ class Batch(NamedTuple):
 class Replaced:
     """A photograph that could not be used although the index has it."""
 
+    root: str
+    """The folder that `name` is relative to."""
     name: str
     reason: str
 
@@ -89,7 +91,7 @@ class Loader:
     @property
     def replaced(self) -> list[Replaced]:
         """What could not be used so far, each file once."""
-        return list(self._decoder.bad.values())
+        return list(self._decoder.replaced)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The endless training stream from the batch of `start_step` on."""
@@ -122,13 +124,20 @@ class Loader:
         return training_plan(self._photographs, self._config, self._order, positions)
 
 
-def evaluation_batches(photographs: Photographs, config: DataConfig, world: World, local_batch: int) -> Iterator[Batch]:
+def evaluation_batches(
+    photographs: Photographs,
+    config: DataConfig,
+    world: World,
+    local_batch: int,
+    replaced: list[Replaced] | None = None,
+) -> Iterator[Batch]:
     """Every photograph once, in the order of the rows: its largest middle square, resized to the crop size.
 
     Each batch of world.size * local_batch rows is shared out over the ranks in stretches. All ranks make the same
-    number of batches: what is missing at the end is padding, of weight 0 and sample -1; so is what cannot be read.
+    number of batches: what is missing at the end is padding, of weight 0 and sample -1; so is what cannot be read, and
+    `replaced` takes it.
     """
-    decoder = _Decoder(photographs, config, world)
+    decoder = _Decoder(photographs, config, world, replaced)
     total = world.size * local_batch
 
     def plans() -> Iterator[Plan]:
@@ -141,12 +150,22 @@ def evaluation_batches(photographs: Photographs, config: DataConfig, world: Worl
 
 
 class _Decoder:
-    """Turns plans into batches with a DALI pipeline, which it builds again after a photograph has broken it."""
+    """Turns plans into batches with a DALI pipeline, which it builds again after a photograph has broken it.
 
-    def __init__(self, photographs: Photographs, config: DataConfig, world: World) -> None:
+    Which photograph fills a slot depends on the slot's plan and the files alone: damage that a crop does not touch may
+    go unseen, so what this rank has met elsewhere must not decide, or other ranks and resumed runs would see other
+    photographs. A row that was bad once is only looked at more closely: one that DALI could not decode is tried by
+    itself before it can break the pipeline again.
+    """
+
+    def __init__(
+        self, photographs: Photographs, config: DataConfig, world: World, replaced: list[Replaced] | None = None
+    ) -> None:
         if not len(photographs):
             raise UserError(f"{photographs.root}: no photographs in this part of the data; see data.val_fraction")
-        self.bad: dict[int, Replaced] = {}
+        self.replaced: list[Replaced] = [] if replaced is None else replaced
+        """What could not be used, each file once."""
+        self._bad: dict[int, Replaced] = {}
         self._photographs, self._config, self._device = photographs, config, world.device
         self._kind = _decoding_device(config, world.device)
         self._device_id = (world.device.index or 0) if self._kind == "gpu" else None
@@ -167,7 +186,7 @@ class _Decoder:
                 except RuntimeError as error:
                     # DALI fails for the whole batch, and the pipeline with it. The batches in work are sorted out, and
                     # go through a new pipeline before the rest.
-                    if not self._replace_undecodable(in_work, readers):
+                    if not self._replace_undecodable(in_work):
                         raise RuntimeError(f"DALI failed, but each photograph by itself is good: {error}") from error
                     again = list(in_work)
                     in_work.clear()
@@ -187,46 +206,45 @@ class _Decoder:
         return pipeline.build(source, size, self._config.crop, self._threads, self._kind, self._device_id)
 
     def _read(self, plan: Plan, readers: ThreadPoolExecutor) -> _Job:
-        return _Job(plan, list(readers.map(lambda slot: self._fill(plan, slot, 0), range(len(plan.row)))))
+        return _Job(plan, list(readers.map(lambda slot: self._fill(plan, slot), range(len(plan.row)))))
 
-    def _fill(self, plan: Plan, slot: int, attempt: int) -> NDArray[np.uint8]:
-        """The bytes for a slot; what is known to be bad or cannot be read makes room for a substitute."""
-        while attempt <= ATTEMPTS:
+    def _fill(self, plan: Plan, slot: int) -> NDArray[np.uint8]:
+        """The bytes for a slot; what cannot be used makes room for a substitute."""
+        for attempt in range(ATTEMPTS + 1):
             if attempt:
                 plan.substitute(slot, attempt)
             row = int(plan.row[slot])
             if row == PADDING:
                 return _BLANK
-            if row not in self.bad:
-                try:
-                    return np.frombuffer(self._photographs.read(row), dtype=np.uint8)
-                except OSError as error:
-                    self._report(row, f"cannot be read: {error.strerror or error}")
-            attempt += 1
+            try:
+                encoded = np.frombuffer(self._photographs.read(row), dtype=np.uint8)
+            except OSError as error:
+                self._report(row, f"cannot be read: {error.strerror or error}")
+                continue
+            if row not in self._bad or self._decodes(plan, slot, encoded):
+                return encoded
         raise UserError(
             f"{self._photographs.root}: {ATTEMPTS} photographs in a row cannot be used, the last one "
-            f"{self._photographs.name(row)!r}: {self.bad[row].reason}; are the data still there? "
+            f"{self._photographs.name(row)!r}: {self._bad[row].reason}; are the data still there? "
             "If they changed, python -m dist_colorize.index ROOT --rebuild"
         )
 
-    def _replace_undecodable(self, in_work: deque[_Job], readers: ThreadPoolExecutor) -> bool:
+    def _replace_undecodable(self, in_work: deque[_Job]) -> bool:
         """Try every image of the batches in work by itself; whether any was replaced."""
         found = False
         for job in in_work:
             for slot in range(len(job.encoded)):
-                attempt = 0
-                while not self._decodes(job, slot):
+                while not self._decodes(job.plan, slot, job.encoded[slot]):
                     self._report(int(job.plan.row[slot]), "cannot be decoded, or has changed since it was indexed")
+                    job.encoded[slot] = self._fill(job.plan, slot)
                     found = True
-                    attempt += 1
-                    job.encoded[slot] = self._fill(job.plan, slot, attempt)
         return found
 
-    def _decodes(self, job: _Job, slot: int) -> bool:
-        crops = job.plan.crops
+    def _decodes(self, plan: Plan, slot: int, encoded: NDArray[np.uint8]) -> bool:
+        crops = plan.crops
         anchor = np.array([[crops.y[slot], crops.x[slot]]], dtype=np.int32)
         shape = np.array([[crops.height[slot], crops.width[slot]]], dtype=np.int32)
-        probe = pipeline.build_probe(lambda: ([job.encoded[slot]], anchor, shape), self._kind, self._device_id)
+        probe = pipeline.build_probe(lambda: ([encoded], anchor, shape), self._kind, self._device_id)
         try:
             probe.run()
         except RuntimeError:
@@ -234,8 +252,9 @@ class _Decoder:
         return True
 
     def _report(self, row: int, reason: str) -> None:
-        replaced = Replaced(self._photographs.name(row), reason)
-        if self.bad.setdefault(row, replaced) is replaced:  # two readers may meet the same file
+        replaced = Replaced(self._photographs.root, self._photographs.name(row), reason)
+        if self._bad.setdefault(row, replaced) is replaced:  # two readers may meet the same file
+            self.replaced.append(replaced)
             _log.warning("%r %s; another photograph takes its place", replaced.name, reason)
 
     def _deliver(self, outputs: Any, plan: Plan) -> Batch:
