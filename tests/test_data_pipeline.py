@@ -316,6 +316,45 @@ def test_a_file_that_went_bad_is_replaced_and_the_others_are_untouched(
     assert counted == [row for row in range(11) if row != bad]
 
 
+def test_damage_that_some_crops_miss_is_judged_alike_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a JPEG is lost, its length is not: crops of the upper part can be decoded. Which ones step aside must
+    depend neither on what a rank has seen before, nor on where the stream was taken up again."""
+    root = tmp_path / "photographs"
+    root.mkdir()
+    generator = np.random.default_rng(3)
+    for i in range(4):
+        blocks = np.kron(generator.integers(0, 256, (16, 12, 3), dtype=np.uint8), np.ones((16, 16, 1), dtype=np.uint8))
+        Image.fromarray(blocks).save(root / f"{i}.jpg", quality=90)
+    photographs = open_index(build_index(root, 32, tmp_path / "index"))
+    bad = photographs.name(1)
+    content = (root / bad).read_bytes()
+    (root / bad).write_bytes(content[: len(content) * 4 // 5].ljust(len(content), b"\0"))
+
+    monkeypatch.setattr("dist_colorize.data.loader._log.warning", lambda *args: None)
+    config = DataConfig(crop=32, threads=1, scale=(0.05, 0.2))
+
+    def stream(rank: int, size: int, start: int, steps: int) -> list[Batch]:
+        with Loader(photographs, config, order_of(photographs), world(rank, size), 8 // size) as loader:
+            batches = loader.batches(start)
+            return [next(batches) for _ in range(steps)]
+
+    builds = []
+    original = pipeline.build
+    monkeypatch.setattr(pipeline, "build", lambda *args: builds.append(0) or original(*args))
+    whole = stream(0, 1, 0, 12)
+    assert len(builds) == 2  # the first one, and one for the only batch that was found out by DALI
+    planned = order_of(photographs).draw(np.arange(96, dtype=np.uint64)).sample
+    seen = torch.cat([batch.sample for batch in whole]).numpy()
+    used = (planned == 1) & (seen == 1)
+    assert 3 < used.sum() < (planned == 1).sum() - 3
+    for resumed_at in (3, 7):
+        for before, after in zip(whole[resumed_at:], stream(0, 1, resumed_at, 12 - resumed_at), strict=True):
+            assert torch.equal(before.sample, after.sample) and torch.equal(before.ab, after.ab)
+    for step, (one, other) in enumerate(zip(stream(0, 2, 0, 12), stream(1, 2, 0, 12), strict=True)):
+        assert torch.equal(whole[step].sample, torch.cat([one.sample, other.sample]))
+        assert torch.equal(whole[step].L, torch.cat([one.L, other.L]))
+
+
 def test_data_that_vanish_altogether_are_an_error_not_a_loop(folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "copy"
     root.mkdir()
