@@ -24,7 +24,7 @@ from dist_colorize import intervals, metrics
 from dist_colorize.color.gamut import Gamut
 from dist_colorize.data import Batch, DataConfig
 from dist_colorize.distributed import World
-from dist_colorize.errors import Interrupted, UserError
+from dist_colorize.errors import Interrupted, RunFailed
 from dist_colorize.files import write_atomically
 from dist_colorize.metrics import METRICS
 from dist_colorize.models.network import Network
@@ -170,7 +170,7 @@ def evaluate(
     everyone = world.gather_objects(mine)
     photographs = sorted((one for theirs in everyone for one in theirs), key=lambda one: one.sample)
     if not photographs:
-        raise UserError("none of the validation photographs could be read; see data.val_root", shared=True)
+        raise RunFailed("none of the validation photographs could be read; see data.val_root", shared=True)
     return Evaluation(photographs)
 
 

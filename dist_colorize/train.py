@@ -57,6 +57,7 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
     state = newest_checkpoint(run, world)
     if state:
         check_same_run(state, recipe, training.fingerprint)
+    photographs = len(training) + (len(validation) if validation is not training else 0)
     replacements = Replacements(run, world)
     unusable: list[Replaced] = []  # what this rank meets outside the training stream
 
@@ -122,7 +123,7 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
                         save_stall=checkpoints.read_stall(),
                         **meter.read(),
                     )
-                    check_health(recipe, in_a_row, replaced, len(training))
+                    check_health(recipe, in_a_row, replaced, photographs)
                 if step % recipe.checkpoint.every == 0 or step == settings.steps:
                     checkpoints.save(step)
             result = validate()

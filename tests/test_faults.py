@@ -334,12 +334,40 @@ def test_photographs_that_go_bad_are_listed_once_and_training_goes_on(
     assert list(losses(tmp_path / "run")) == list(range(1, 9))
 
 
+def replaced(folder: Path) -> list[tuple[int, str, str]]:
+    """(step, folder, name) of each line of replaced.jsonl."""
+    lines = [json.loads(line) for line in (folder / "replaced.jsonl").read_text().splitlines()]
+    return [(line["step"], Path(line["root"]).name, line["name"]) for line in lines]
+
+
+def test_photographs_that_go_bad_outside_the_steps_are_listed_too(
+    run: Run, tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One before the colours are counted, with the same name one of the validation set before the last scores."""
+    run(tmp_path / "first", "train.steps=1", "train.validate_every=0")  # makes the indexes
+    counts = Path(os.environ["XDG_CACHE_HOME"], "dist_colorize", "colours")
+    for cached in counts.glob("*.npy"):
+        cached.unlink()
+    (photographs / "3.png").write_bytes(b"3")
+
+    def damage(step: int, L: torch.Tensor) -> torch.Tensor:
+        if step == 5:
+            (tmp_path / "validation" / "1.png").write_bytes(b"1")
+        return L
+
+    at_step(monkeypatch, damage)
+    run(tmp_path / "run", "data.max_bad=0.2")
+    assert replaced(tmp_path / "run") == [(1, "photographs", "3.png"), (6, "validation", "1.png")]
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["protocol"]["photographs"] == 1
+    assert not list(counts.glob("*.npy")), "counts without a photograph are not those of the data set"
+
+
 def test_too_many_bad_photographs_stop_the_run(
     run: Run, quick: None, tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_step(monkeypatch, going_bad(["0.png", "1.png", "2.png"], photographs))
     data = ["data.max_bad=0.2", "train.validate_every=0", "train.steps=100"]
-    with pytest.raises(RunFailed, match=r"3 of 12 photographs .* data.max_bad=0.2; see replaced.jsonl"):
+    with pytest.raises(RunFailed, match=r"3 of 14 photographs .* data.max_bad=0.2; see replaced.jsonl"):
         run(tmp_path / "run", *data)
     assert last_state(tmp_path / "run")["step"] == max(losses(tmp_path / "run"))
 
