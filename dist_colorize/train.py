@@ -27,6 +27,7 @@ from dist_colorize.evaluation import FINAL, Evaluation, evaluate, protocol, writ
 from dist_colorize.models import METHODS, TrainingModule, build, initialise
 from dist_colorize.optimisation import Optimisation
 from dist_colorize.postprocess.stages import load_preset
+from dist_colorize.profiling import traced
 from dist_colorize.progress import Meter, Progress
 from dist_colorize.recipe import Recipe, load_recipe
 from dist_colorize.replacements import Replacements
@@ -53,8 +54,9 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
     torch.manual_seed(settings.seed)
     local_batch = settings.local_batch(world.size)
     preset = load_preset(recipe.evaluate.preset)
-    training, validation = open_photographs(recipe.data, world, stop)
     state = newest_checkpoint(run, world)
+    begun_with = state["indexes"] if state else (None, None)
+    training, validation = open_photographs(recipe.data, world, stop, begun_with)
     if state:
         check_same_run(state, recipe, training.fingerprint)
     photographs = len(training) + (len(validation) if validation is not training else 0)
@@ -80,7 +82,11 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
         initialise(network, recipe.model, loader.first(CALIBRATION).L.cpu())
     module = TrainingModule(network, METHODS[recipe.model.method](weights)).to(world.device)
     optimisation = Optimisation(module, settings, world)
-    facts = {"class_weights": weights, "fingerprint": training.fingerprint}
+    facts = {
+        "class_weights": weights,
+        "fingerprint": training.fingerprint,
+        "indexes": (training.index, validation.index),
+    }
     checkpoints = Checkpoints(recipe, run, world, optimisation, facts)
     step = checkpoints.restore(state) if state else 0
 
@@ -95,7 +101,12 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
     # that a run cut off there does it again when it is resumed.
     run.resume(step)
     meter = Meter()
-    with checkpoints, loader, Progress("train", world, settings.steps, step) as progress:
+    with (
+        checkpoints,
+        loader,
+        Progress("train", world, settings.steps, step) as progress,
+        traced(run.path / "profile", settings.profile, world.rank) as step_is_traced,
+    ):
         batches = loader.batches(step)
         try:
             while step < settings.steps:
@@ -107,6 +118,7 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
                 with meter.waiting():
                     batch = next(batches)
                 loss = optimisation.step(step, batch.L, batch.ab)
+                step_is_traced()
                 step += 1
                 run.alive(step)
                 meter.count(settings.global_batch)

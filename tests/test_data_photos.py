@@ -74,7 +74,7 @@ def test_validation_is_a_split_or_a_root_of_its_own(tmp_path: Path) -> None:
 
 
 def test_an_index_that_this_node_does_not_see_is_named(tmp_path: Path) -> None:
-    elsewhere: Any = SimpleNamespace(wait_for=lambda work, stop: tmp_path / "on another node")
+    elsewhere: Any = SimpleNamespace(wait_for=lambda work, stop: (tmp_path / "on another node", "fingerprint"))
     with pytest.raises(UserError, match=r"data\.index_dir"):
         open_photographs(DataConfig(), elsewhere, STOP)
 

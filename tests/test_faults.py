@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from test_train import TINY, assert_same_bits, last_state, losses
 from dist_colorize import checkpoint, train
 from dist_colorize.checkpoint import SaveError
 from dist_colorize.distributed import StopFlag, World
-from dist_colorize.errors import FAILURE, Interrupted, RunFailed
+from dist_colorize.errors import FAILURE, Interrupted, RunFailed, UserError
 from dist_colorize.optimisation import Optimisation
 
 Run = Callable[..., None]
@@ -92,6 +93,15 @@ def at_step(monkeypatch: pytest.MonkeyPatch, action: Callable[[int, torch.Tensor
     monkeypatch.setattr(
         Optimisation, "step", lambda self, number, L, ab: genuine(self, number, action(number, L.clone()), ab)
     )
+
+
+def stopping_after(steps: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    def stop(step: int, L: torch.Tensor) -> torch.Tensor:
+        if step + 1 == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return L
+
+    return stop
 
 
 # ---------------------------------------------------------------- interrupted == uninterrupted
@@ -228,12 +238,7 @@ def test_an_interrupted_run_tries_again_what_failed_before(
 ) -> None:
     """The save of step 3 failed and no step was made since: the last one before leaving must be made all the same."""
 
-    def stop(step: int, L: torch.Tensor) -> torch.Tensor:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return L
-
-    at_step(monkeypatch, stop)
+    at_step(monkeypatch, stopping_after(3))
     failing = iter([True])
     genuine = checkpoint._write
 
@@ -360,6 +365,45 @@ def test_photographs_that_go_bad_outside_the_steps_are_listed_too(
     assert replaced(tmp_path / "run") == [(1, "photographs", "3.png"), (6, "validation", "1.png")]
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["protocol"]["photographs"] == 1
     assert not list(counts.glob("*.npy")), "counts without a photograph are not those of the data set"
+
+
+def test_a_run_goes_on_with_the_photographs_it_began_with(
+    run: Run, tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files are gone, bad and new when it starts again, and another run has indexed all that anew meanwhile."""
+    tolerant = "data.max_bad=0.3"
+    run(tmp_path / "first", "train.steps=1", tolerant)  # makes the indexes
+    for bad in (photographs / "4.png", photographs / "7.png", tmp_path / "validation" / "0.png"):
+        bad.write_bytes(b"bad")  # in place: the indexes count as up to date
+    run(tmp_path / "whole", tolerant)
+    with monkeypatch.context() as patch:
+        at_step(patch, stopping_after(3))
+        with pytest.raises(Interrupted):
+            run(tmp_path / "cut", tolerant)
+    (photographs / "4.png").unlink()
+    (tmp_path / "validation" / "0.png").unlink()
+    Image.effect_noise((60, 50), 80).convert("RGB").save(photographs / "gray.png")
+    (photographs / "new.png").write_bytes((photographs / "0.png").read_bytes())
+    run(tmp_path / "another", "train.steps=1", tolerant)
+    capsys.readouterr()
+    run(tmp_path / "cut", tolerant)
+    assert capsys.readouterr().out.count("has changed; the run goes on with the list of photographs that it began") == 2
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert_same_bits(last_state(tmp_path / "cut")["model"], last_state(tmp_path / "whole")["model"])
+    assert last_state(tmp_path / "another")["fingerprint"] != last_state(tmp_path / "cut")["fingerprint"]
+    scores = [json.loads((tmp_path / name / "evaluation.json").read_text())["scores"] for name in ("cut", "whole")]
+    assert scores[0] == scores[1]
+    assert {name for _, _, name in replaced(tmp_path / "cut")} == {"4.png", "7.png", "0.png"}
+
+
+def test_a_run_whose_photographs_nobody_knows_any_more_is_refused(
+    run: Run, quick: None, tmp_path: Path, photographs: Path
+) -> None:
+    run(tmp_path / "run", "train.steps=1")
+    (photographs / "4.png").unlink()
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+    with pytest.raises(UserError, match=r"the photographs are not those of the checkpoint .*give those, or another"):
+        run(tmp_path / "run")
 
 
 def test_too_many_bad_photographs_stop_the_run(

@@ -22,7 +22,7 @@ from PIL import Image
 
 from dist_colorize import index
 from dist_colorize.data import pipeline
-from dist_colorize.data.catalog import build_index, ensure_index, index_folder, is_fresh, rejections
+from dist_colorize.data.catalog import build_index, ensure_index, index_folder, index_of, is_fresh, rejections
 from dist_colorize.data.columns import Photographs, open_index, write_columns
 from dist_colorize.data.inspect import FORMATS, Facts
 from dist_colorize.data.scan import Candidate, read_part
@@ -370,10 +370,11 @@ def test_rows_keep_their_facts_and_are_sorted_by_hash(
     folder = tmp_path_factory.mktemp("columns")
     about = write_columns(folder, "/data", [], rows)
     columns = {
-        field: np.load(folder / f"{field}.npy") for field in Photographs.__dataclass_fields__ if field not in about
+        field: np.load(folder / f"{field}.npy")
+        for field in Photographs.__dataclass_fields__
+        if field not in about and field != "index"
     }
-    columns.pop("root", None)
-    photographs = Photographs("/data", about["fingerprint"], (), **columns)
+    photographs = Photographs("/data", about["fingerprint"], about["fingerprint"], (), **columns)
     expected = {(c.name, c.offset, c.length, f.width, f.height, f.format) for c, f in rows}
     got = {
         (
@@ -414,6 +415,28 @@ def test_an_index_is_built_once_and_again_when_files_come_go_or_a_shard_changes(
     assert index_folder(root, 64, parent) != index_folder(root, 32, parent)
     (index_folder(root, 32, parent) / "key.npy").write_bytes(b"damaged")
     assert count() == 4
+
+
+def test_earlier_indexes_are_found_by_their_fingerprint_for_a_while(root: Path) -> None:
+    parent = root.parent / "index"
+    folder = ensure_index(root, 32, parent)
+    first = open_index(folder)
+    assert index_of(folder, first.fingerprint) == folder
+    fingerprints = [first.fingerprint]
+    for i in range(6):
+        (root / f"{i}.jpg").write_bytes(encoded(picture(seed=i)))
+        fingerprints.append(open_index(ensure_index(root, 32, parent)).fingerprint)
+        found = index_of(folder, first.fingerprint)  # whoever asks again keeps it
+        assert found is not None and found != folder
+        again = open_index(found)
+        assert (again.fingerprint, names(again)) == (first.fingerprint, {"good.jpg"})
+    known = [index_of(folder, fingerprint) for fingerprint in fingerprints]
+    assert [place is not None for place in known] == [True, False, False, True, True, True, True]
+    assert sorted(parent.iterdir()) == sorted(place for place in known if place)
+    build_index(root, 32, parent)  # the same content is not kept twice
+    assert len(list(parent.iterdir())) == 5
+    assert names(first) == {"good.jpg"}  # open all the time
+    assert index_of(folder, "another") is None
 
 
 def test_an_index_kept_below_the_data_does_not_make_itself_stale(root: Path) -> None:

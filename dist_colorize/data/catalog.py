@@ -28,6 +28,9 @@ from dist_colorize.text import printable
 
 _CHUNK = 32  # candidates per task: enough to make a task's own cost disappear
 
+KEPT = 4
+"""Earlier indexes of a folder that stay beside the current one, for runs that began with them."""
+
 Rejection = tuple[str, str]
 """Name relative to the root, and the reason."""
 
@@ -49,6 +52,20 @@ def index_folder(root: Path, min_side: int, parent: Path | None = None) -> Path:
     _require_folder(root)
     settings = f"{VERSION}\0{min_side}\0".encode() + os.fsencode(root.resolve())
     return (parent or cache_folder() / "index").absolute() / sha256(settings).hexdigest()[:20]
+
+
+def index_of(folder: Path, fingerprint: str) -> Path | None:
+    """Where the index with this fingerprint is, if it is the one in `folder` or was so not long ago; else None.
+
+    Whether the photographs have changed since does not matter. An earlier index that is asked for stays longer.
+    """
+    for place in (folder, _kept(folder, fingerprint)):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if describe(place)["fingerprint"] == fingerprint:
+                with contextlib.suppress(OSError):  # another user's
+                    os.utime(place)
+                return place
+    return None
 
 
 def cache_folder() -> Path:
@@ -82,6 +99,8 @@ def build_index(
     stop: Callable[[], bool] = lambda: False,
 ) -> Path:
     """Scan `root` and write its index; returns the folder, whose old content is replaced at once and as a whole.
+
+    The old index is kept for a while: see `index_of`.
 
     Raises UserError when the root cannot be listed or holds nothing usable, or when the index cannot be written;
     Interrupted soon after `stop()` turns true. `progress` draws a bar on stderr.
@@ -179,14 +198,35 @@ def _new_folder(folder: Path) -> Iterator[Path]:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-            # Whoever has the old index open keeps its mapped pages; another process may bring a new one meanwhile.
-            old = new.with_name(new.name + ".old")
-            with contextlib.suppress(FileNotFoundError):
-                folder.rename(old)
-            shutil.rmtree(old, ignore_errors=True)
+            _set_aside(folder, new)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+
+def _set_aside(folder: Path, new: Path) -> None:
+    """Move the index in `folder` out of the way of the new one, and forget all but the newest of those moved so far.
+
+    Whoever has an index open keeps its mapped pages. Another process may be doing the same.
+    """
+    old = new.with_name(new.name + ".old")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(old)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # none, or a damaged one
+        fingerprint = describe(old)["fingerprint"]
+        if fingerprint != describe(new)["fingerprint"]:
+            with contextlib.suppress(OSError):  # it is kept already
+                old.rename(_kept(folder, fingerprint))
+            os.utime(_kept(folder, fingerprint))
+    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        kept = sorted(folder.parent.glob(f"{folder.name}.*"), key=lambda place: place.stat().st_mtime)
+        for place in kept[:-KEPT]:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _kept(folder: Path, fingerprint: str) -> Path:
+    return folder.with_name(f"{folder.name}.{fingerprint[:20]}")
 
 
 def _require_folder(root: Path) -> None:

@@ -45,6 +45,8 @@ class Photographs:
     """Absolute path of the data."""
     fingerprint: str
     """sha256 over names, byte counts, widths and heights in row order; the same wherever the data lie."""
+    index: str
+    """Fingerprint of the whole index, of which these may be a stretch."""
     shards: tuple[str, ...]
     """Tar shards, relative to the root."""
     names: NDArray[np.uint8]
@@ -138,7 +140,8 @@ def open_index(folder: Path) -> Photographs:
             f"{folder}: not an index, or a damaged one ({error}); "
             "build it again with python -m dist_colorize.index ROOT --rebuild"
         ) from error
-    return Photographs(about["root"], about["fingerprint"], tuple(about["shards"]), **columns)
+    fingerprint = about["fingerprint"]
+    return Photographs(about["root"], fingerprint, fingerprint, tuple(about["shards"]), **columns)
 
 
 def describe(folder: Path) -> dict[str, Any]:

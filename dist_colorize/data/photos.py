@@ -8,8 +8,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from dist_colorize.data.catalog import cache_folder, ensure_index
-from dist_colorize.data.columns import Photographs, open_index
+from dist_colorize.data.catalog import cache_folder, ensure_index, index_folder, index_of, is_fresh
+from dist_colorize.data.columns import Photographs, describe, open_index
 from dist_colorize.data.config import SAMPLE_ROOT, DataConfig
 from dist_colorize.distributed import StopFlag, World
 from dist_colorize.errors import UserError
@@ -27,16 +27,21 @@ SAMPLES = (
 """The colour photographs in scikit-image's wheel: CC0 or public domain (its data/README.txt names the sources)."""
 
 
-def open_photographs(config: DataConfig, world: World, stop: StopFlag) -> tuple[Photographs, Photographs]:
+def open_photographs(
+    config: DataConfig, world: World, stop: StopFlag, begun_with: tuple[str | None, str | None] = (None, None)
+) -> tuple[Photographs, Photographs]:
     """(training, validation) photographs of a recipe; a collective call.
 
     Rank 0 builds an index that is missing or out of date, with a progress bar. Without `val_root` and `val_fraction`
     the training photographs are also the validation ones. Raises UserError on all ranks when the data cannot be used,
     and Interrupted when a signal ends the scan.
+
+    `begun_with`: the indexes (`Photographs.index`) that a resumed run began with. They are opened while the cache has
+    them, even if files have come, gone or turned bad since: to the run those are faults like any other.
     """
-    training = _open(config.root, config, world, stop)
+    training = _open(config.root, config, world, stop, begun_with[0])
     if config.val_root is not None:
-        return training, _open(config.val_root, config, world, stop)
+        return training, _open(config.val_root, config, world, stop, begun_with[1])
     return training.split(config.val_fraction) if config.val_fraction else (training, training)
 
 
@@ -73,16 +78,22 @@ def sample_photographs() -> Path:
     return folder
 
 
-def _open(root: str, config: DataConfig, world: World, stop: StopFlag) -> Photographs:
+def _open(root: str, config: DataConfig, world: World, stop: StopFlag, begun_with: str | None) -> Photographs:
     parent = Path(config.index_dir) if config.index_dir is not None else None
 
-    def work() -> Path:
+    def work() -> tuple[Path, str]:
         folder = sample_photographs() if root == SAMPLE_ROOT else Path(root)
-        return ensure_index(folder, config.min_side, parent, progress=True, stop=lambda: stop.requested)
+        index = begun_with and index_of(index_folder(folder, config.min_side, parent), begun_with)
+        if not index:
+            index = ensure_index(folder, config.min_side, parent, progress=True, stop=lambda: stop.requested)
+        elif not is_fresh(index):
+            print(f"{folder} has changed; the run goes on with the list of photographs that it began with", flush=True)
+        return index, describe(index)["fingerprint"]
 
-    folder = world.wait_for(work, stop)
-    if not folder.is_dir():
+    folder, fingerprint = world.wait_for(work, stop)
+    index = index_of(folder, fingerprint)  # another process may have built a newer one by now
+    if index is None:
         raise UserError(
             f"{folder}: rank 0 has indexed the data here; set data.index_dir to a folder that all nodes see"
         )
-    return open_index(folder)
+    return open_index(index)
