@@ -26,6 +26,7 @@ from dist_colorize.distributed import World, default_precision
 from dist_colorize.errors import UserError
 from dist_colorize.models import TrainingModule
 from dist_colorize.models.network import MULTIPLE, OUTPUT_STRIDE, Network
+from dist_colorize.profiling import span
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,12 +59,14 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     validate_every: int = 5000
     """Steps between validations; 0: only at the end."""
+    profile: int = 0
+    """Steps to trace, after the first three: RUN/profile gets a file of each rank for Perfetto and TensorBoard."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "validate_every", "seed"):
+        for name in ("warmup", "validate_every", "seed", "profile"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -152,9 +155,17 @@ class Optimisation:
             with nullcontext() if last else self.ddp.no_sync():
                 with torch.autocast(ab.device.type, DTYPE[self.precision], enabled=self.precision != "fp32"):
                     loss, weight = self.ddp(part_lightness, part_ab)
-                self.scaler.scale(loss * (self.world.size / pixels)).backward()
+                with span("backward"):
+                    self.scaler.scale(loss * (self.world.size / pixels)).backward()
             sums += torch.stack([loss.detach(), weight]).double()
-        loss_sum, weight_sum = self.world.sum_(sums)
+        with span("all-reduce"):
+            loss_sum, weight_sum = self.world.sum_(sums)
+        with span("optimizer"):
+            self._apply(loss_sum, weight_sum, pixels)
+        return loss_sum / weight_sum
+
+    def _apply(self, loss_sum: Tensor, weight_sum: Tensor, pixels: int) -> None:
+        """Moves the weights along the gradients, unless those or the loss are not finite."""
         self.scaler.unscale_(self.adam)
         norm = self._scale_gradients(pixels / weight_sum)
         bad = ~(torch.isfinite(loss_sum / weight_sum) & torch.isfinite(norm))
@@ -168,7 +179,6 @@ class Optimisation:
         self.adam.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.module.network)
-        return loss_sum / weight_sum
 
     def _scale_gradients(self, factor: Tensor) -> Tensor:
         """Multiplies all gradients by the factor, then by what clipping asks for; returns the norm before clipping."""

@@ -17,6 +17,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from dist_colorize.distributed import World
+from dist_colorize.profiling import span
 
 
 class Progress:
@@ -101,7 +102,8 @@ class Meter:
     def waiting(self) -> Iterator[None]:
         """Around the moment that the next batch is taken."""
         start = time.monotonic()
-        yield
+        with span("data"):
+            yield
         self._waited += time.monotonic() - start
 
     def count(self, images: int) -> None:

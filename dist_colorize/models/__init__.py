@@ -22,6 +22,7 @@ from dist_colorize.models.objectives import (
     SoftTargets,
     SquaredError,
 )
+from dist_colorize.profiling import span
 
 METHODS: dict[str, type[Objective]] = {
     "mse": SquaredError,
@@ -81,7 +82,9 @@ class TrainingModule(nn.Module):
 
     def forward(self, lightness: Tensor, ab: Tensor) -> tuple[Tensor, Tensor]:
         """L [B, 1, H, W], ab [B, 2, H, W] -> loss sum, weight sum over this rank's pixels (0-dim, fp32)."""
-        loss, weight = self.objective(self.network.features(lightness), self.network.head, lightness, ab)
+        features = self.network.features(lightness)
+        with span("loss"):
+            loss, weight = self.objective(features, self.network.head, lightness, ab)
         return loss, weight
 
 

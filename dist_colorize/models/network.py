@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dist_colorize.color.lab import gray_from_lightness
 from dist_colorize.models.encoder import Encoder
+from dist_colorize.profiling import span
 
 OUTPUT_STRIDE = 2
 """Pixels of L per cell of the output, along each axis."""
@@ -87,7 +88,10 @@ class Network(nn.Module):
         height, width = lightness.shape[-2:]
         if height % MULTIPLE or width % MULTIPLE:
             raise ValueError(f"height and width must be multiples of {MULTIPLE}, got {height} x {width}")
-        features: Tensor = self.decoder(self.encoder(self.image(lightness)))
+        with span("encoder"):
+            seen = self.encoder(self.image(lightness))
+        with span("decoder"):
+            features: Tensor = self.decoder(seen)
         return features
 
     def forward(self, lightness: Tensor) -> Tensor:
