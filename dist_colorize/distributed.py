@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -53,8 +54,13 @@ class DistributedConfig:
     """Transport of the collectives; auto is nccl where each rank has a GPU of its own, else gloo."""
     timeout: float = 300.0
     """Seconds that a rank waits for another one in a collective before it gives up."""
+    threads: int | None = None
+    """CPU threads of each rank, which decide the order of sums and so their last bits. null: the rank's share of the
+    cores that it may use (usable_cores), the smallest one over all ranks: they wait for each other anyway."""
 
     def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1 or null, got {self.threads}")
         if not 0 < self.timeout < math.inf:
             raise ValueError(f"timeout must be a number of seconds above 0, got {self.timeout}")
         if self.device == "cpu" and self.backend == "nccl":
@@ -75,7 +81,7 @@ class World:
     backend: str
     """gloo or nccl, for tensors on `device`; tensors on the CPU always go through gloo."""
     threads: int
-    """CPU threads for this rank: the node's usable cores, shared out among its ranks."""
+    """CPU threads of each rank."""
     heartbeat: Heartbeat | None = None
     """Tells the other ranks that this one lives, and how far it is."""
 
@@ -184,10 +190,11 @@ def session(config: DistributedConfig) -> Iterator[World]:
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size} ranks", store)
 
     device = own_device(config, environment["LOCAL_RANK"])
-    backend = _agreed_backend(config, _exchange(store, rank, size, _identity(device)))
+    backend = _agreed_backend(config, _exchange(store, rank, size, "identity", _identity(device)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    threads = max(1, usable_cores() // environment["LOCAL_WORLD_SIZE"])
+    share = usable_cores() // environment["LOCAL_WORLD_SIZE"]
+    threads = config.threads or max(1, min(map(int, _exchange(store, rank, size, "share", str(share)))))
     torch.set_num_threads(threads)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
@@ -246,11 +253,15 @@ def cpu_has_bf16() -> bool:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and a container's quota where one is set."""
+    """Cores of this node that this process and those beside it may use: its affinity, a container's quota where one is
+    set, and what SLURM gave to the tasks on a node where it was asked for cores per task."""
     cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
+    if "SLURM_CPUS_PER_TASK" in os.environ:  # SLURM need not bind tasks to their cores
+        tasks = re.match(r"\d+", os.environ.get("SLURM_TASKS_PER_NODE", "1"))  # "8(x4)" is 8 on each of 4 nodes
+        cores = min(cores, int(os.environ["SLURM_CPUS_PER_TASK"]) * int(tasks[0] if tasks else 1))
     return max(1, cores)
 
 
@@ -327,10 +338,10 @@ def _identity(device: torch.device) -> str:
     return f"cuda {socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
 
 
-def _exchange(store: dist.Store, rank: int, size: int, text: str) -> list[str]:
+def _exchange(store: dist.Store, rank: int, size: int, what: str, text: str) -> list[str]:
     """The text of every rank, by rank; over the store, as there is no process group yet."""
-    store.set(f"identity/{rank}", text)
-    return [store.get(f"identity/{other}").decode() for other in range(size)]
+    store.set(f"{what}/{rank}", text)
+    return [store.get(f"{what}/{other}").decode() for other in range(size)]
 
 
 def _agreed_backend(config: DistributedConfig, identities: list[str]) -> str:

@@ -311,6 +311,51 @@ def test_usable_cores_respects_the_affinity() -> None:
     assert 1 <= usable_cores() <= len(everything)
 
 
+@pytest.mark.parametrize(
+    ("given", "cores"),
+    [
+        ({"SLURM_CPUS_PER_TASK": "3", "SLURM_TASKS_PER_NODE": "2(x4)"}, 6),
+        ({"SLURM_CPUS_PER_TASK": "3"}, 3),
+        ({"SLURM_CPUS_PER_TASK": "40", "SLURM_TASKS_PER_NODE": "1"}, 16),
+        ({"SLURM_TASKS_PER_NODE": "2(x4)"}, 16),  # SLURM was not asked for a number
+    ],
+)
+def test_usable_cores_are_those_that_slurm_gave(
+    given: dict[str, str], cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_TASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Path, "read_text", lambda path: "max 100000")  # no container's quota
+    assert usable_cores() == cores
+
+
+@pytest.mark.world_size(2)
+def test_all_ranks_use_as_many_threads_as_the_poorest_may(tmp_path: Path, program: Any, torchrun: Any) -> None:
+    args = program("""
+        os.environ["LOCAL_WORLD_SIZE"] = "1"  # each as on a node of its own
+        os.sched_getaffinity = lambda pid: set(range(3 + int(os.environ["RANK"])))
+        with session(DistributedConfig()) as world:
+            shared = [world.threads, torch.get_num_threads()]
+        note(threads=shared)
+        """)
+    assert torchrun(2, *args).returncode == 0
+    assert notes(tmp_path, 2) == [{"threads": [3, 3]}] * 2
+
+
+def test_the_number_of_threads_can_be_set() -> None:
+    before = torch.get_num_threads()
+    try:
+        with session(DistributedConfig(device="cpu", threads=before + 1)) as world:
+            assert world.threads == torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="threads must be at least 1 or null, got 0"):
+        DistributedConfig(threads=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.world_size(2)
 def test_two_ranks_share_one_gpu_over_gloo(tmp_path: Path, program: Any, torchrun: Any) -> None:
