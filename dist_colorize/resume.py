@@ -19,7 +19,8 @@ from dist_colorize.tracking import Run
 
 
 def newest_checkpoint(run: Run, world: World) -> dict[str, Any] | None:
-    """The newest whole checkpoint of the run folder, the same one on every rank; says what was skipped."""
+    """The newest whole checkpoint of the run folder, the same one on every rank; says what was skipped, and whether
+    this world will round otherwise than the one that made it."""
 
     def find() -> str | None:
         found = checkpoint.newest(run.checkpoints)
@@ -29,6 +30,13 @@ def newest_checkpoint(run: Run, world: World) -> dict[str, Any] | None:
         for line in skipped:
             print(f"skipped: {line}", flush=True)
         print(f"resuming from {path}, step {state['step']}", flush=True)
+        then, now = (len(state["rng"]), state["threads"]), (world.size, world.threads)
+        if then != now:
+            print(
+                f"made by {then[0]} ranks of {then[1]} CPU threads, resumed by {now[0]} of {now[1]}: the same samples, "
+                "but sums are rounded otherwise (see distributed.threads)",
+                flush=True,
+            )
         return str(path)
 
     path = world.wait_for(find)
@@ -68,7 +76,7 @@ class Checkpoints:
     ) -> None:
         """`facts`: what every checkpoint holds besides the state of the optimisation."""
         self._recipe, self._world, self._optimisation = recipe, world, optimisation
-        self._facts = {**facts, "config": config.to_dict(recipe), "run": str(run.path)}
+        self._facts = {**facts, "config": config.to_dict(recipe), "run": str(run.path), "threads": world.threads}
         self._writer = Writer(run.checkpoints, recipe.checkpoint.keep)
         self._saved = 0
         self._best: float | None = None

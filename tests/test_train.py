@@ -33,6 +33,7 @@ TINY = [
     "train.validate_every=4",
     "checkpoint.every=3",
     "distributed.device=cpu",
+    "distributed.threads=1",
 ]
 Train = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -168,6 +169,7 @@ def test_another_world_size_sees_the_same_samples(train: Train, finished: Path, 
         done = train(ranks, f"run.dir={cut}", config=cut / "config.yaml")
         assert done.returncode == 0, done.stderr
         assert losses(cut) == pytest.approx(losses(finished), rel=1e-4)
+        assert f"made by 2 ranks of 1 CPU threads, resumed by {ranks} of 1: the same samples" in done.stdout
 
 
 def test_the_saved_config_repeats_the_run(train: Train, finished: Path, tmp_path: Path) -> None:

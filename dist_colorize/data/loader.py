@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +36,7 @@ from dist_colorize.data.config import DataConfig
 from dist_colorize.data.order import Order
 from dist_colorize.data.plan import PADDING, Plan, evaluation_plan, training_plan
 from dist_colorize.data.prefetch import Prefetch
-from dist_colorize.distributed import World
+from dist_colorize.distributed import World, usable_cores
 from dist_colorize.errors import UserError
 
 ATTEMPTS = 32
@@ -170,7 +169,7 @@ class _Decoder:
         self._kind = _decoding_device(config, world.device)
         self._device_id = (world.device.index or 0) if self._kind == "gpu" else None
         self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
-        self._threads = config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+        self._threads = config.threads or max(1, usable_cores() // world.local_size)
 
     def run(self, plans: Iterator[Plan], size: int) -> Generator[Batch, None, None]:
         """A batch of `size` slots for each plan."""
