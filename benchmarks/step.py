@@ -1,0 +1,243 @@
+"""The training step of the final network against the straightforward PyTorch step, and where its time goes.
+
+    python -m benchmarks.step                       # 224 px, full width, batch 4; at least 8 GiB
+    python -m benchmarks.step --batch 8 --rounds 9
+
+The peer is what one writes first: torchvision's VGG16-BN with its BatchNorms in place, NCHW, all logits,
+F.cross_entropy and Adam. Both have the same weights, labels and decoder, so their losses must agree, step for step. bf16 is measured
+where the processor multiplies bf16 matrices itself; elsewhere it is emulated, hundreds of times slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import vgg16_bn
+
+from benchmarks.harness import ROUNDS, Times, forget_peak, machine, resident, table, take_turns, verdict
+from dist_colorize.color.gamut import Gamut
+from dist_colorize.distributed import DistributedConfig, cpu_has_bf16, session
+from dist_colorize.models import METHODS, ModelConfig, TrainingModule, build
+from dist_colorize.models.network import OUTPUT_STRIDE, Network
+from dist_colorize.optimisation import Optimisation, TrainConfig
+from dist_colorize.profiling import RANGES
+
+SIZE = 224
+WARMUP = 3
+Precision = Literal["fp32", "bf16"]
+GOALS = {"fp32": 1.35, "bf16": 1.6}
+DEFAULT_GOAL, MEMORY_GOAL = 2.7, 0.55
+
+
+class PlainNetwork(nn.Module):
+    """The same function of L, layer by layer as the paper draws it."""
+
+    def __init__(self, ours: Network, vgg: nn.Sequential) -> None:
+        super().__init__()
+        # the taps at strides 2, 4, 8, 16: the last ReLU before each of the pools that follow
+        self.blocks = nn.ModuleList([vgg[:13], vgg[13:23], vgg[23:33], vgg[33:43]])
+        self.decoder, self.head = ours.decoder, ours.head
+        self.image = ours.image
+
+    def forward(self, lightness: Tensor) -> Tensor:
+        image, taps = self.image(lightness).contiguous(), []
+        for block in self.blocks:
+            image = block(image)
+            taps.append(image)
+        logits: Tensor = self.head(self.decoder(taps))
+        return logits
+
+
+def pretrained() -> nn.Sequential:
+    """VGG16-BN's features in eval mode; random, but with BatchNorms that do something."""
+    torch.manual_seed(0)
+    features = vgg16_bn().features.eval().requires_grad_(False)
+    for layer in features:
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.get_buffer("running_mean"), -0.1, 0.1)
+            nn.init.uniform_(layer.get_buffer("running_var"), 0.5, 1.5)
+    return features
+
+
+def ours() -> Network:
+    """The final network as training builds it."""
+    torch.manual_seed(1)
+    network = build(ModelConfig())
+    network.encoder.load_vgg16_bn({f"features.{k}": v for k, v in pretrained().state_dict().items()}, "the benchmark")
+    # as it starts, all bins are as likely: there would be nothing to compare
+    nn.init.normal_(network.head.weight, std=0.1)
+    return network
+
+
+def batch(size: int) -> tuple[Tensor, Tensor]:
+    """L [B, 1, S, S] and ab [B, 2, S, S] without detail finer than 8 px, as photographs have."""
+    random = torch.Generator().manual_seed(2)
+    coarse = torch.rand(size, 3, SIZE // 8, SIZE // 8, generator=random)
+    fine = F.interpolate(coarse, scale_factor=8, mode="bilinear")
+    return 100 * fine[:, :1], 120 * (fine[:, 1:] - 0.5)
+
+
+def class_weights() -> Tensor:
+    return torch.linspace(0.1, 6, 313)
+
+
+Step = Callable[[], Tensor]
+
+
+def plain_step(images: int, precision: Precision) -> Step:
+    network = PlainNetwork(ours().to(memory_format=torch.contiguous_format), pretrained())
+    adam = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-4)
+    gamut, weights = Gamut(), class_weights()
+    lightness, ab = batch(images)
+
+    def step() -> Tensor:
+        labels = gamut.nearest(F.avg_pool2d(ab, OUTPUT_STRIDE)).long()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = F.cross_entropy(network(lightness), labels, weights)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        return loss.detach()
+
+    return step
+
+
+def our_step(images: int, precision: Precision) -> Step:
+    """The step of dist_colorize.train, DDP and checks for non-finite gradients included."""
+    settings = TrainConfig(global_batch=images, lr=1e-4, warmup=0, schedule="constant", clip=None, precision=precision)
+    module = TrainingModule(ours(), METHODS["final"](class_weights()))
+    optimisation = Optimisation(module, settings, WORLD)
+    lightness, ab = batch(images)
+    numbers = iter(range(10**9))
+    return lambda: optimisation.step(next(numbers), lightness, ab)
+
+
+STEPS = {"plain": plain_step, "ours": our_step}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--memory-of", nargs=2, metavar=("STEP", "PRECISION"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        who, precision = arguments.memory_of
+        print(json.dumps(memory(who, precision, arguments.batch)))
+        return
+    print(machine("torch", "torchvision"), flush=True)
+    precisions = [p for p in get_args(Precision) if p == "fp32" or cpu_has_bf16()]
+    if "bf16" not in precisions:
+        print("bf16: not measured, this processor has no bf16 matrix product; training uses fp32 on it")
+
+    names = [f"{who} {precision}" for precision in precisions for who in STEPS]
+    steps = {name: STEPS[name.split()[0]](arguments.batch, name.split()[1]) for name in names}  # type: ignore[arg-type]
+    check_losses_agree(steps)
+    times = take_turns(steps, arguments.rounds)
+    peaks = {name: peak_of(name, arguments.batch) for name in names}
+    rows = [
+        [name, arguments.batch / times.of(name), times.ratio(name, "plain fp32"), peaks[name] / 2**20] for name in names
+    ]
+    print(table(["step", "images/s", "x plain fp32", "peak beyond weights, MiB"], rows))
+    judge(times, peaks, precisions)
+    for precision in precisions:
+        parts(precision, steps[f"ours {precision}"], arguments.batch)
+
+
+def judge(times: Times, peaks: dict[str, float], precisions: list[Precision]) -> None:
+    for precision in precisions:
+        mine, peer = f"ours {precision}", f"plain {precision}"
+        ratio, share = times.ratio(mine, peer), peaks[mine] / peaks[peer]
+        print(f"{precision}: {ratio:.2f} times the plain step's speed ({verdict(ratio, GOALS[precision])})", end="; ")
+        print(f"{share:.2f} of its memory ({verdict(share, MEMORY_GOAL, at_most=True)})")
+    if "bf16" in precisions:
+        ratio = times.ratio("ours bf16", "plain fp32")
+        print(f"our default here, bf16: {ratio:.2f} times plain fp32 ({verdict(ratio, DEFAULT_GOAL)})")
+
+
+def check_losses_agree(steps: dict[str, Step]) -> None:
+    """The same weights, data and optimizer: the same losses, up to rounding, as both train on."""
+    curves = {name: [float(step()) for _ in range(WARMUP)] for name, step in steps.items()}
+    reference = curves["plain fp32"]
+    for name, curve in curves.items():
+        tolerance = 1e-4 if name.endswith("fp32") else 2e-2
+        worst = max(abs(loss / expected - 1) for loss, expected in zip(curve, reference, strict=True))
+        print(f"losses of {name}: {' '.join(f'{loss:.5f}' for loss in curve)}, within {worst:.1e} of plain fp32")
+        if worst > tolerance:
+            raise SystemExit(f"{name} does not do the same work")
+
+
+def peak_of(name: str, images: int) -> float:
+    """Bytes at the peak of a few steps, beyond interpreter and weights, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.step", "--batch", str(images), "--memory-of", *name.split()]
+    return float(
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    )
+
+
+def memory(who: str, precision: Precision, images: int) -> int:
+    step = STEPS[who](images, precision)
+    before = resident()
+    forget_peak()
+    for _ in range(WARMUP):
+        step()
+    return resident("VmHWM") - before
+
+
+def parts(precision: Precision, step: Step, images: int) -> None:
+    """Time and FLOP/s of each range of our step, against what a large matrix product reaches now."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorder:
+        for _ in range(WARMUP):
+            step()
+    seconds = {event.key: event.cpu_time_total / 1e6 / WARMUP for event in recorder.key_averages()}
+    flops = count_flops(images)
+    ceiling = matrix_product(torch.bfloat16 if precision == "bf16" else torch.float32)
+    rows = []
+    for name in RANGES:
+        if name not in seconds:
+            continue
+        work = flops.get(name, 0)
+        speed = work / seconds[name] / 1e9
+        rows.append([name, seconds[name] * 1000, work / 1e9, *([speed, speed / ceiling] if work else ["-", "-"])])
+    print(f"\nours {precision}, part by part; a 2048^3 matrix product: {ceiling:.0f} GFLOP/s")
+    print(table(["part", "ms", "GFLOP", "GFLOP/s", "of the product's"], rows))
+
+
+def count_flops(images: int) -> dict[str, int]:
+    """Multiplications and additions of the parts. The chunked loss makes its gradients in its forward pass."""
+    network, (lightness, _) = ours(), batch(images)
+    total = {}
+    with FlopCounterMode(display=False) as counter:
+        taps = network.encoder(network.image(lightness))
+    total["encoder"] = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        features = network.decoder(taps)
+    total["decoder"] = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        features.sum().backward()
+    total["backward"] = counter.get_total_flops()
+    # logits, their gradient to the features, their gradient to the weights
+    total["loss"] = 3 * 2 * features.numel() * network.head.out_channels
+    return total
+
+
+def matrix_product(dtype: torch.dtype) -> float:
+    """GFLOP/s of a large product."""
+    side = 2048
+    left, right = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
+    return 2 * side**3 / take_turns({"product": lambda: left @ right}).of("product") / 1e9
+
+
+if __name__ == "__main__":
+    with session(DistributedConfig(device="cpu")) as WORLD:
+        main()
