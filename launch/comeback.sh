@@ -14,6 +14,16 @@ JOB=${JOB:-$SLURM_JOB_ID}
 STARTS=${SLURM_RESTART_COUNT:-0}
 IDLE=10 # interruptions in a row without progress: a warning that comes before training has begun, every time
 
+# The answer of a command of SLURM's, also while the controller restarts.
+ask() {
+  local attempt
+  for attempt in {1..12}; do
+    "$@" && return
+    sleep 5
+  done
+  return 1
+}
+
 say() { echo "[$(date '+%F %T')] job $JOB: $*"; }
 
 # The job's last line when it is not finished.
@@ -52,7 +62,7 @@ end() {
     why="failed with exit code $code"
   fi
   # A requeue would raise a cancelled job from the dead.
-  state=$(squeue --noheader --jobs="$JOB" --format=%T)
+  state=$(ask squeue --noheader --jobs="$JOB" --format=%T)
   if [[ $state != RUNNING && $state != SIGNALING ]]; then
     # Cancelled for good, or about to be started anew by SLURM itself, as after the failure of a node.
     say "$why; SLURM has ended it (${state:-gone}). If it does not come back: $RESUME"
@@ -72,7 +82,7 @@ end() {
     give_up "$why; its budget of $REQUEUES requeues is spent (slurm.requeues)" "$code"
   fi
   say "$why; requeued, $((REQUEUES - STARTS - 1)) more requeues left"
-  scontrol requeue "$JOB" || give_up "$why; the cluster refused to requeue it" "$code"
+  ask scontrol requeue "$JOB" || give_up "$why; the cluster refused to requeue it" "$code"
   exit "$code"
 }
 

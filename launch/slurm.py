@@ -134,7 +134,8 @@ def _command(options: argparse.Namespace, command: list[str], given: list[str]) 
     folder = Path(recipe.run.root).absolute() / f"slurm-{options.job}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     task = Task(f"dist_colorize.{options.job}", tuple(command), str(folder), slurm.interface)
     code = code_root() if options.no_snapshot else folder / "code"
-    submission = Submission(slurm, options.job, folder, code, [task], [None], [f"{ME} {shlex.join(given)}"])
+    named = [Path(word).absolute() for word in command if Path(word).exists()]
+    submission = Submission(slurm, options.job, folder, code, [task], [None], [f"{ME} {shlex.join(given)}"], named)
     return Plan(submission, {}, not options.no_snapshot)
 
 

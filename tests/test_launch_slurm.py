@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -20,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_colorize import config
-from dist_colorize.errors import UserError, run_command
+from dist_colorize.errors import RunFailed, UserError, run_command
 from dist_colorize.recipe import Recipe
 from dist_colorize.slurm import follow, network, partition, sweep
 from dist_colorize.slurm.partition import Node, gpus_of, resolve
@@ -90,13 +93,11 @@ def test_the_command_runs_from_anywhere(tmp_path: Path) -> None:
     command = [sys.executable, str(CHECKOUT / "launch" / "slurm.py"), "--dry-run", "--gpus-per-node", "0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"/code{'${PYTHONPATH:+:$PYTHONPATH}'}" in done.stdout
-    assert (
-        f"PYTHONPATH={CHECKOUT}$"
-        in subprocess.run(
-            [*command, "--no-snapshot"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
-        ).stdout
+    assert re.search(rf" {tmp_path}/runs/\S+/code -u -m submitit", done.stdout)
+    checkout = subprocess.run(
+        [*command, "--no-snapshot"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
     )
+    assert f" {CHECKOUT} -u -m submitit" in checkout.stdout
 
 
 def test_without_slurm_nothing_runs_and_the_remedy_is_named(launch: Launch, tmp_path: Path) -> None:
@@ -174,10 +175,61 @@ def test_submitting_without_slurm_is_refused(tmp_path: Path, monkeypatch: pytest
         submit(submission(tmp_path))
 
 
-def test_containers_get_their_own_python_and_the_folders(tmp_path: Path) -> None:
-    script = batch_script(submission(tmp_path, SlurmConfig(gpus_per_node=1, container_image="x.sqsh")))
-    assert "--container-image=x.sqsh" in script and f"{tmp_path}:{tmp_path}" in script
-    assert sys.executable not in script and "exec python3 -I" in script
+PYXIS_SRUN = """#!{python} -I
+# srun with the pyxis plugin, as far as its options go: see args.c of NVIDIA/pyxis
+import json, os, sys
+KNOWN = {{"unbuffered", "output", "kill-on-bad-exit", "cpu-bind", "export", "cpus-per-task"}}
+KNOWN |= {{"container-image", "container-mounts", "container-workdir"}}
+words, options = sys.argv[1:], {{}}
+while words[0].startswith("--"):
+    name, equals, value = words.pop(0)[2:].partition("=")
+    options[name] = value if equals or name == "unbuffered" else words.pop(0)
+assert options.keys() <= KNOWN, options.keys() - KNOWN
+mounts = [mount.split(":") for mount in options["container-mounts"].split(",")]
+assert all(len(mount) == 2 and mount[0][0] == mount[1][0] == "/" for mount in mounts), mounts
+with open({told!r}, "w") as file:
+    json.dump([options["container-image"], options["container-workdir"], mounts], file)
+os.environ["PYTHONPATH"] = "/in/the/image"  # what an image sets takes precedence
+os.execvp(words[0], words)
+"""
+
+
+def test_a_container_gets_what_pyxis_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch script itself, with an srun that reads options as the plugin does, and a Python that only reports."""
+    work, data, told = tmp_path / "work", tmp_path / "photographs", tmp_path / "told"
+    for folder in (work, data, tmp_path / "bin"):
+        folder.mkdir()
+    monkeypatch.chdir(work)
+    programs = {
+        "srun": PYXIS_SRUN.format(python=sys.executable, told=str(told)),
+        "python3": f'#!/bin/bash\necho "$PYTHONPATH $*" > {tmp_path}/started\n',
+        "squeue": "#!/bin/bash\n",
+    }
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    settings = SlurmConfig(gpus_per_node=1, cpus_per_task=2, container_image="nvcr#nvidia/pytorch:24.01-py3")
+    job = submission(tmp_path / "job", settings)
+    (tmp_path / "job").mkdir()
+    job = dataclasses.replace(job, runs=[tmp_path / "run"], data=[data])
+    script = batch_script(job)
+    assert sys.executable not in script
+    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "PYTHONPATH": "/of/the/host"}
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, check=False)
+    image, workdir, mounts = json.loads(told.read_text())
+    assert (image, workdir) == ("nvcr#nvidia/pytorch:24.01-py3", str(work)), done.stderr
+    expected = [work, tmp_path / "job", tmp_path / "job" / "code", tmp_path / "run", data]
+    assert mounts == [[str(path), str(path)] for path in expected]
+    path, *words = (tmp_path / "started").read_text().split()
+    assert path == f"{tmp_path}/job/code:/in/the/image"
+    hold = f"{tmp_path}/job/code/dist_colorize/slurm/hold_signals.py"
+    assert words[:6] == ["-I", hold, "python3", "-P", "-u", "-m"] and words[6].startswith("submitit")
+
+
+@pytest.mark.parametrize("name", ["a,b", "a:b", "a b"])
+def test_paths_that_a_container_cannot_see_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="no comma, colon or space"):
+        batch_script(submission(tmp_path / name, SlurmConfig(gpus_per_node=1, container_image="x.sqsh")))
 
 
 @pytest.mark.parametrize(
@@ -301,6 +353,40 @@ def test_following_reads_states_and_whole_lines(tmp_path: Path, monkeypatch: pyt
     assert said == ["job 7: PENDING\n", "job 7: RUNNING\n", "half a line\n", "job 7: COMPLETED\n"]
 
 
+def test_following_waits_for_a_controller_that_restarts_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = iter([None, follow.State("RUNNING"), None, None, follow.State("COMPLETED")])
+    monkeypatch.setattr(follow, "state_of", lambda job: next(states))
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.01)
+    said: list[str] = []
+    assert follow.follow({"7": tmp_path / "log"}, said.append)["7"].name == "COMPLETED"
+    assert said == ["job 7: RUNNING\n", "job 7: COMPLETED\n"]
+    monkeypatch.setattr(follow, "state_of", lambda job: None)
+    monkeypatch.setattr(follow, "SILENT_SECONDS", 0.05)
+    with pytest.raises(RunFailed, match=r"the cluster has not answered.*squeue -j 7"):
+        follow.follow({"7": tmp_path / "log"}, said.append)
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "sacct", "expected"),
+    [
+        ("echo JobId=7 JobState=RUNNING Reason=None Restarts=2", "exit 1", "RUNNING (came back 2 times)"),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "echo COMPLETED", "COMPLETED"),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "exit 1", "GONE"),
+        ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", "exit 1", "None"),
+    ],
+)
+def test_what_the_cluster_says_of_a_job(
+    scontrol: str, sacct: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("scontrol", scontrol), ("sacct", sacct)):
+        (tmp_path / name).write_text(f"#!{BASH}\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert str(follow.state_of("7")) == expected
+
+
 # ---------------------------------------------------------------- coming back
 
 
@@ -316,14 +402,17 @@ def script(tmp_path: Path) -> Callable[..., tuple[str, int, str]]:
         retries: int = 1,
         run: str | None = None,
         more: Sequence[str] = (),
+        down: str = "",
     ) -> tuple[str, int, str]:
         bin_, notes = tmp_path / "bin", tmp_path / "notes"
         for folder in (bin_, notes, tmp_path / "run" / "checkpoints"):
             folder.mkdir(parents=True, exist_ok=True)
         (tmp_path / "requeued").write_text("")
         for name, text in (("squeue", f"echo {state}"), ("scontrol", f'echo "$@" >> {tmp_path}/requeued')):
-            (bin_ / name).write_text(f"#!/bin/bash\n{text}\n")
+            (bin_ / name).write_text(f"#!/bin/bash\n{down}{text}\n")
             (bin_ / name).chmod(0o755)
+        (bin_ / "sleep").write_text("#!/bin/bash\n")
+        (bin_ / "sleep").chmod(0o755)
         lines = [
             f"NOTES={notes}",
             f"RUN={f'{tmp_path}/run' if run is None else run}",
@@ -360,7 +449,7 @@ def test_srun_that_lost_a_node_says_0_and_is_not_believed(script: Script, tmp_pa
 
 def says(tmp_path: Path, state: str, code: int) -> str:
     """Tasks that leave a state in the run folder."""
-    return f"""sleep 0.02; echo '{{"state": "{state}"}}' > {tmp_path}/run/status.json; (exit {code})"""
+    return f"""read -t 0.02 <> <(:); echo '{{"state": "{state}"}}' > {tmp_path}/run/status.json; (exit {code})"""
 
 
 def test_an_interrupted_job_is_requeued(script: Script) -> None:
@@ -377,6 +466,14 @@ def test_only_the_own_element_of_an_array_is_requeued(script: Script) -> None:
 def test_a_job_that_was_ended_from_outside_is_not_raised_again(script: Script, state: str) -> None:
     words, _, requeued = script(75, state=state)
     assert requeued == "" and "SLURM has ended it" in words and words.rstrip().endswith("do this")
+
+
+def test_a_controller_that_restarts_is_asked_again(script: Script, tmp_path: Path) -> None:
+    """Here for the first two questions, squeue's and scontrol's, once each."""
+    (tmp_path / "down").mkdir()
+    down = f"[[ -e {tmp_path}/down/$(basename $0) ]] || {{ touch {tmp_path}/down/$(basename $0); exit 1; }}; "
+    words, code, requeued = script(75, down=down)
+    assert (code, requeued) == (75, "requeue 77"), words
 
 
 def test_the_budget_is_kept_and_its_end_is_said(script: Script) -> None:

@@ -10,7 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_colorize.errors import RunFailed
+
 POLL_SECONDS = 2.0
+SILENT_SECONDS = 900.0
+"""A controller that restarts, or fails over to another host, answers again within minutes."""
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 ENDED |= {"REVOKED", "TIMEOUT", "GONE"}
 
@@ -38,42 +42,46 @@ class State:
         return self.name + (f" ({', '.join(more)})" if more else "")
 
 
-def state_of(job: str) -> State:
-    """The state of one job, from scontrol, else from the accounting."""
-    shown = _ask("scontrol", "show", "job", "--oneliner", job)
-    if shown:
-        fields = dict(re.findall(r"(\w+)=(\S*)", shown.splitlines()[0]))
+def state_of(job: str) -> State | None:
+    """The state of one job, from scontrol, else from the accounting; None where the cluster does not answer."""
+    answered, words = _ask("scontrol", "show", "job", "--oneliner", job)
+    if answered:
+        fields = dict(re.findall(r"(\w+)=(\S*)", words.splitlines()[0]))
         name = fields.get("JobState", "UNKNOWN")
         return State(name, fields.get("Reason", ""), int(fields.get("Restarts", "0")), name == "REQUEUED")
-    stored = _ask("sacct", "--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={job}")
-    return State(stored.split()[0] if stored.split() else "GONE")
+    if "Invalid job id" not in words:
+        return None
+    answered, words = _ask("sacct", "--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={job}")
+    return State(words.split()[0] if answered and words else "GONE")
 
 
 def alive(jobs: list[str]) -> list[str]:
     """Those of `jobs` that still wait or run, with their state: "123 (PENDING)"."""
     found = []
     for job in jobs:
-        word = _ask("squeue", "--noheader", f"--jobs={job}", "--format=%T").split()
-        if word:
-            found.append(f"{job} ({word[0]})")
+        answered, words = _ask("squeue", "--noheader", f"--jobs={job}", "--format=%T")
+        if answered and words:
+            found.append(f"{job} ({words.split()[0]})")
     return found
 
 
 def follow(logs: Mapping[str, Path], write: Callable[[str], object] = sys.stdout.write) -> dict[str, State]:
     """Print each change of state, and what a single job's rank 0 prints, until all jobs have ended; their last states.
 
-    Ctrl-C ends the watching (KeyboardInterrupt), never the jobs.
+    Ctrl-C ends the watching (KeyboardInterrupt), never the jobs. Raises RunFailed when the cluster stays silent.
     """
     last: dict[str, State] = {}
     single = next(iter(logs.values())) if len(logs) == 1 else None
-    position = 0
+    position, answered = 0, time.monotonic()
     while True:
         for job in logs:
             before = last.get(job)
             if before is not None and before.ended:
                 continue
             now = state_of(job)
-            last[job] = now
+            if now is None:
+                continue
+            last[job], answered = now, time.monotonic()
             if now.ended and single is not None:
                 position = _tail(single, position, write)
             if before is None or str(now) != str(before):
@@ -81,8 +89,13 @@ def follow(logs: Mapping[str, Path], write: Callable[[str], object] = sys.stdout
         if single is not None:
             position = _tail(single, position, write)
         sys.stdout.flush()
-        if all(state.ended for state in last.values()):
+        if len(last) == len(logs) and all(state.ended for state in last.values()):
             return last
+        if time.monotonic() - answered > SILENT_SECONDS:
+            raise RunFailed(
+                f"the cluster has not answered for {SILENT_SECONDS / 60:.0f} minutes; the job may go on without being "
+                f"watched: squeue -j {','.join(logs)}"
+            )
         time.sleep(POLL_SECONDS)
 
 
@@ -100,10 +113,10 @@ def _tail(path: Path, position: int, write: Callable[[str], object]) -> int:
     return position + len(whole)
 
 
-def _ask(*command: str) -> str:
-    """The output of a command; empty where it fails, as for a job that is forgotten or a controller that restarts."""
+def _ask(*command: str) -> tuple[bool, str]:
+    """Whether a command of SLURM's succeeded, and what it said."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return False, str(error)
+    return (True, done.stdout.strip()) if done.returncode == 0 else (False, done.stderr.strip())

@@ -61,7 +61,10 @@ def offered(partition: str | None) -> list[Node] | None:
     if shutil.which("sinfo") is None:
         return None
     command = ["sinfo", "-h", "-N", "-o", "%P|%c|%G", *(["-p", partition] if partition else [])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:  # without a slurm.conf it looks for the cluster in the DNS
+        return None
     if done.returncode:
         return None
     rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 2]

@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -51,7 +52,7 @@ class Submission:
     resumes: list[str]
     """The command that resumes each of `tasks` by hand."""
     data: list[Path] = field(default_factory=list)
-    """Folders that a container must show besides the working folder and the run folders."""
+    """What a container must show besides the working folder and the run folders."""
 
     def log(self, job: str, rank: int = 0) -> Path:
         """What a task of `job` prints; that of rank 0 holds the batch script's own words too."""
@@ -97,9 +98,11 @@ def submit(submission: Submission) -> list[str]:
 def _executor(submission: Submission) -> _Executor:
     config, folder = submission.config, submission.folder
     python = config.python or ("python3" if config.container_image else shlex.quote(sys.executable))
-    # Signals that come before Python is up are ignored for some milliseconds by bash, then held by hold_signals.py. -P:
-    # the working folder may hold another version of the package.
-    start = f'trap "" TERM INT USR1 USR2; exec {python} -I "$0"/dist_colorize/slurm/hold_signals.py {python} -P "$@"'
+    # Signals that come before Python is up are ignored for some milliseconds by bash, then held by hold_signals.py.
+    # PYTHONPATH is set here and not in the batch script: a container's image may have one, which would win. -P: the
+    # working folder may hold another version of the package.
+    start = 'trap "" TERM INT USR1 USR2; export PYTHONPATH="$0${PYTHONPATH:+:$PYTHONPATH}"; '
+    start += f'exec {python} -I "$0"/dist_colorize/slurm/hold_signals.py {python} -P "$@"'
     executor = _Executor(folder, python=f"bash -c {shlex.quote(start)} {shlex.quote(str(submission.code))}")
     asked = {
         "job_name": submission.name,
@@ -134,7 +137,6 @@ def _setup(submission: Submission) -> list[str]:
     runs = shlex.join(str(run or "") for run in submission.runs)
     return [
         *config.setup,
-        f"export PYTHONPATH={shlex.quote(str(submission.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         f"NOTES={shlex.quote(str(submission.folder))}",
         f"RUNS=({runs})",
         f"RESUMES=({shlex.join(submission.resumes)})",
@@ -159,11 +161,22 @@ def _srun_arguments(submission: Submission) -> list[str]:
     if config.cpus_per_task:
         arguments.append(f"--cpus-per-task={config.cpus_per_task}")  # since 22.05 srun does not take it from sbatch
     if config.container_image:
-        shared = dict.fromkeys(str(p) for p in (Path.cwd(), submission.folder, *submission.runs, *submission.data) if p)
-        arguments.append(f"--container-image={config.container_image}")
-        arguments.append("--container-mounts=" + ",".join(f"{path}:{path}" for path in shared))
-        arguments.append(f"--container-workdir={Path.cwd()}")
+        arguments += _container_arguments(submission, config.container_image)
     return arguments
+
+
+def _container_arguments(submission: Submission, image: str) -> list[str]:
+    """Options of NVIDIA's pyxis plugin: https://github.com/NVIDIA/pyxis. Folders keep their paths in the container."""
+    folders = (Path.cwd(), submission.folder, submission.code, *submission.runs, *submission.data)
+    shared = list(dict.fromkeys(str(path) for path in folders if path))
+    for path in shared:
+        if re.search(r"[,:\s]", path):
+            raise UserError(f"{path}: no comma, colon or space may be in a path that a container is to see; rename it")
+    return [
+        f"--container-image={image}",
+        "--container-mounts=" + ",".join(f"{path}:{path}" for path in shared),
+        f"--container-workdir={Path.cwd()}",
+    ]
 
 
 @contextlib.contextmanager

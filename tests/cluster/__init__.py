@@ -46,10 +46,11 @@ def missing() -> str | None:
 class Cluster:
     """Up between `with` and its end."""
 
-    def __init__(self, folder: Path, nodes: int = 4, cpus: int = 16, gpus: int = 8) -> None:
+    def __init__(self, folder: Path, nodes: int = 4, cpus: int = 16, gpus: int = 8, user_signal: bool = True) -> None:
+        """`user_signal`: whether preempted jobs get the signal that they asked for, or SIGTERM alone."""
         self.folder = folder
         self.nodes = nodes
-        write_configuration(folder, nodes, cpus, gpus)
+        write_configuration(folder, nodes, cpus, gpus, user_signal)
         self._login: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
 
@@ -95,9 +96,12 @@ class Cluster:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         timeout: float = 120,
+        user: int | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on the login host, or on a node; its result with stdout and stderr as text."""
         inside = self.inside(node, cwd)
+        if user is not None:
+            inside += ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
         return subprocess.run(
             [*inside, *command], env=self.environment(env), capture_output=True, text=True, timeout=timeout, check=False
         )
@@ -124,8 +128,10 @@ class Cluster:
 
     def restart_slurmd(self, node: int) -> None:
         """Start the daemon of a node again."""
+        cores = ",".join(map(str, os.sched_getaffinity(self._node_pid(node))))  # as all of this node, not as this test
+        command = [*self.inside(node), "taskset", "--cpu-list", cores, "slurmd"]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # it stays
-        subprocess.run([*self.inside(node), "slurmd"], env=self.environment(), check=True, timeout=60, **quiet)
+        subprocess.run(command, env=self.environment(), check=True, timeout=60, **quiet)
 
     def wait_until_idle(self, timeout: float = 60) -> None:
         """Return when every node is up and without a job."""

@@ -13,7 +13,7 @@ NETWORK = "10.77.0."
 LOGIN = NETWORK + "254"
 
 
-def write_configuration(folder: Path, nodes: int, cpus: int, gpus: int) -> None:
+def write_configuration(folder: Path, nodes: int, cpus: int, gpus: int, user_signal: bool) -> None:
     """Everything that login host and nodes read, below `folder`."""
     for part in ("etc", "munge", "state", "log", "dev", "run", *(f"spool/node{i}" for i in range(1, nodes + 1))):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def write_configuration(folder: Path, nodes: int, cpus: int, gpus: int) -> None:
         (folder / "etc" / f"hosts.{host}").write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
     (folder / "etc" / "nodes").write_text(f"{nodes}\n")
     (folder / "etc" / "gres.conf").write_text(f"NodeName=node[1-{nodes}] Name=gpu File={_devices(folder, gpus)}\n")
-    (folder / "etc" / "slurm.conf").write_text(_slurm_conf(folder, nodes, cpus, gpus))
+    (folder / "etc" / "slurm.conf").write_text(_slurm_conf(folder, nodes, cpus, gpus, user_signal))
 
 
 def _devices(folder: Path, gpus: int) -> str:
@@ -43,7 +43,7 @@ def _devices(folder: Path, gpus: int) -> str:
         return f"/dev/tty[0-{gpus - 1}]"
 
 
-def _slurm_conf(folder: Path, nodes: int, cpus: int, gpus: int) -> str:
+def _slurm_conf(folder: Path, nodes: int, cpus: int, gpus: int, user_signal: bool) -> str:
     user = pwd.getpwuid(os.geteuid()).pw_name
     return f"""ClusterName=test
 SlurmctldHost=login({LOGIN})
@@ -89,7 +89,7 @@ JobRequeue=0
 FirstJobId={int(time.time()) % 50_000_000 + 1}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
+{"SlurmctldParameters=preempt_send_user_signal" if user_signal else ""}
 GresTypes=gpu
 NodeName=node[1-{nodes}] NodeAddr={NETWORK}[1-{nodes}] CPUs={cpus} RealMemory=64000 Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
