@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali.plugin.pytorch import feed_ndarray
-from nvidia.dali.tensors import TensorListGPU
 from PIL import Image
 from torch import Tensor
 
 from dist_colorize.data import pipeline
 from dist_colorize.data.columns import Photographs
 from dist_colorize.data.config import DataConfig
+from dist_colorize.data.finish import finish_batch
 from dist_colorize.data.order import Order
 from dist_colorize.data.plan import PADDING, Plan, evaluation_plan, training_plan
 from dist_colorize.data.prefetch import Prefetch
@@ -174,8 +174,8 @@ class _Decoder:
     def run(self, plans: Iterator[Plan], size: int) -> Generator[Batch, None, None]:
         """A batch of `size` slots for each plan."""
         in_work: deque[_Job] = deque()
-        with ThreadPoolExecutor(READERS, thread_name_prefix="read") as readers:
-            jobs = (self._read(plan, readers) for plan in plans)
+        with ThreadPoolExecutor(max(READERS, self._threads), thread_name_prefix="read") as workers:
+            jobs = (self._read(plan, workers) for plan in plans)
             dali = self._build(jobs, in_work, size)
             while True:
                 try:
@@ -191,7 +191,7 @@ class _Decoder:
                     in_work.clear()
                     dali = self._build(chain(again, jobs), in_work, size)
                     continue
-                yield self._deliver(outputs, in_work.popleft().plan)
+                yield self._deliver(outputs, in_work.popleft().plan, workers)
 
     def _build(self, jobs: Iterator[_Job], in_work: deque[_Job], size: int) -> Any:
         def source() -> tuple[Sequence[NDArray[np.uint8]], NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -202,10 +202,11 @@ class _Decoder:
             anchor, shape = np.stack([crops.y, crops.x], axis=1), np.stack([crops.height, crops.width], axis=1)
             return job.encoded, anchor, shape, crops.flip.astype(np.int32)
 
-        return pipeline.build(source, size, self._config.crop, self._threads, self._kind, self._device_id)
+        whole = self._kind == "gpu"
+        return pipeline.build(source, size, self._config.crop, self._threads, self._kind, self._device_id, whole)
 
-    def _read(self, plan: Plan, readers: ThreadPoolExecutor) -> _Job:
-        return _Job(plan, list(readers.map(lambda slot: self._fill(plan, slot), range(len(plan.row)))))
+    def _read(self, plan: Plan, workers: ThreadPoolExecutor) -> _Job:
+        return _Job(plan, list(workers.map(lambda slot: self._fill(plan, slot), range(len(plan.row)))))
 
     def _fill(self, plan: Plan, slot: int) -> NDArray[np.uint8]:
         """The bytes for a slot; what cannot be used makes room for a substitute."""
@@ -256,13 +257,18 @@ class _Decoder:
             self.replaced.append(replaced)
             _log.warning("%r %s; another photograph takes its place", replaced.name, reason)
 
-    def _deliver(self, outputs: Any, plan: Plan) -> Batch:
+    def _deliver(self, outputs: Any, plan: Plan, workers: ThreadPoolExecutor) -> Batch:
         # The consumer works in another CUDA stream. What it gets is finished, so that it need not wait for this one.
         with torch.cuda.stream(self._stream):
-            L, a, b = (_on_device(output, self._device) for output in outputs)
+            if self._kind == "gpu":
+                L, a, b = (_on_gpu(output, self._device) for output in outputs)
+                # [B, 1, S, S] twice -> [B, 2, S, S]
+                ab = torch.cat([a, b], dim=1)
+            else:
+                crops, flips = [np.asarray(crop) for crop in outputs[0]], outputs[1].as_array() != 0
+                finished = finish_batch(crops, flips, self._config.crop, workers, self._threads)
+                L, ab = (tensor.to(self._device) for tensor in finished)
             weight = torch.from_numpy(plan.weight).to(self._device)
-            # [B, 1, S, S] twice -> [B, 2, S, S]; this copies, as clone() does
-            L, ab = L.clone(), torch.cat([a, b], dim=1)
         if self._stream is not None:
             self._stream.synchronize()
         return Batch(L, ab, weight, torch.from_numpy(plan.row))
@@ -280,13 +286,11 @@ def _decoding_device(config: DataConfig, device: torch.device) -> Literal["cpu",
     return "gpu" if config.device != "cpu" and device.type == "cuda" else "cpu"
 
 
-def _on_device(output: Any, device: torch.device) -> Tensor:
-    """A batch that DALI made, on `device`; it may be DALI's own memory, which the next batch overwrites."""
+def _on_gpu(output: Any, device: torch.device) -> Tensor:
+    """A copy of a batch that DALI made: the next batch overwrites DALI's own memory."""
     dense = output.as_tensor()
-    if isinstance(output, TensorListGPU):
-        tensor = torch.empty(dense.shape(), device=device)
-        return feed_ndarray(dense, tensor, cuda_stream=torch.cuda.current_stream(device))
-    return torch.from_dlpack(dense).to(device)
+    tensor = torch.empty(dense.shape(), device=device)
+    return feed_ndarray(dense, tensor, cuda_stream=torch.cuda.current_stream(device))
 
 
 def _on_current_stream(batches: Prefetch[Batch] | Generator[Batch, None, None]) -> Iterator[Batch]:

@@ -1,9 +1,11 @@
-"""The DALI pipeline: encoded bytes in, L and ab out. One definition, on the CPU or the GPU by a value.
+"""The DALI pipeline: encoded bytes in, L and ab out on a GPU, decoded crops on a CPU. One definition for both.
 
-Only the crop is decoded where the format allows it (JPEG by blocks, TIFF by tiles). It is resized to a square with a
-triangular filter whose support grows with the reduction (no aliasing), mirrored, and converted to Lab.
+Only the crop is decoded where the format allows it (JPEG by blocks, TIFF by tiles). On a GPU it is then resized to a
+square with a triangular filter whose support grows with the reduction (no aliasing), mirrored, and converted to Lab; on
+a CPU `data.finish` does that in one pass.
 
-How Lab became fast, measured per 224 x 224 image on one core (DALI 2.4; all are within 3e-4 of scikit-image):
+How Lab is made of DALI's operators, measured per 224 x 224 image on one CPU core, as no GPU was there (DALI 2.4; all
+are within 3e-4 of scikit-image):
 
     two 3x3 coord_transforms, f by a mask of cbrt and line        3.9 ms    the textbook way
     f by cbrt(max(t, eps)) + slope * min(t - eps, 0)              3.8 ms    cbrt itself costs 12 ns a value
@@ -23,10 +25,11 @@ from typing import Any, Literal
 
 import numpy as np
 import nvidia.dali
+import torch
 from numpy.typing import NDArray
 from nvidia.dali import pipeline_def
 
-from dist_colorize.color.lab import EPSILON, OFFSET, SLOPE, WHITE, XYZ_FROM_RGB
+from dist_colorize.color.lab import EPSILON, OFFSET, SLOPE, WHITE, XYZ_FROM_RGB, linear_from_srgb
 
 # As Any: DALI makes these names at run time, where a type checker does not see them.
 fn: Any = nvidia.dali.fn
@@ -44,9 +47,18 @@ Source = Callable[[], tuple[Sequence[NDArray[np.uint8]], NDArray[Any], NDArray[A
 
 
 def build(
-    source: Source, batch: int, size: int, threads: int, device: Literal["cpu", "gpu"], device_id: int | None
+    source: Source,
+    batch: int,
+    size: int,
+    threads: int,
+    device: Literal["cpu", "gpu"],
+    device_id: int | None,
+    whole: bool,
 ) -> Any:
-    """A built pipeline whose `run()` gives L [1, size, size], a and b [1, size, size], float32, `batch` of each.
+    """A built pipeline, `batch` images a `run()`.
+
+    With `whole`, `run()` gives L, a and b, float32 [1, size, size] each; else the decoded crops, uint8 [h, w, 3], and
+    the flips, for `data.finish`, which does the rest faster on a CPU.
 
     `source` raises StopIteration after its last batch. `run()` raises RuntimeError for the whole batch when one of its
     images cannot be decoded, or is smaller than its crop; the pipeline is then unusable.
@@ -55,6 +67,7 @@ def build(
         source,
         size,
         device,
+        whole,
         batch_size=batch,
         num_threads=threads,
         device_id=device_id,
@@ -71,11 +84,13 @@ def build_probe(source: Callable[[], Any], device: Literal["cpu", "gpu"], device
 
 
 @pipeline_def
-def _define(source: Source, size: int, device: str) -> Any:
+def _define(source: Source, size: int, device: str, whole: bool) -> Any:
     encoded, anchor, shape, flip = fn.external_source(
         source, num_outputs=4, batch=True, dtype=[types.UINT8, types.INT32, types.INT32, types.INT32], ndim=[1, 1, 1, 0]
     )
     image = _decode(encoded, anchor, shape, device)
+    if not whole:
+        return image, flip
     # [h, w, 3] -> [size, size, 3]
     image = fn.resize(image, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
     return lab(fn.flip(image, horizontal=flip), size)
@@ -98,7 +113,8 @@ def _decode(encoded: Any, anchor: Any, shape: Any, device: str) -> Any:
 
 def lab(image: Any, size: int) -> tuple[Any, Any, Any]:
     """uint8 sRGB [size, size, 3] -> L, a, b, float32 [1, size, size] each (CIE 15:2004; constants of scikit-image)."""
-    linear = fn.lookup_table(image, keys=list(range(256)), values=_linear_from_srgb().tolist(), dtype=types.FLOAT)
+    levels = linear_from_srgb(torch.arange(256, dtype=torch.float64) / 255)
+    linear = fn.lookup_table(image, keys=list(range(256)), values=levels.tolist(), dtype=types.FLOAT)
     L_table, a_table, b_table = _f_table(116.0), _f_table(500.0), _f_table(200.0)
     x, y, z = (_plane(linear, row, size) for row in np.array(XYZ_FROM_RGB) / np.array(WHITE)[:, None])
     # 116 f(y) - 16; with the -16 in all three tables, 500 f(y) is L's series times 500 / 116.
@@ -120,12 +136,6 @@ def _series(t: Any, table: tuple[list[float], list[float]]) -> Any:
     node = fn.reinterpret(t + _ROUNDER, dtype=types.INT32) & (NODES - 1)
     constant, slope = (fn.lookup_table(node, keys=_KEYS, values=values, dtype=types.FLOAT) for values in table)
     return constant + slope * t
-
-
-def _linear_from_srgb() -> NDArray[np.float64]:
-    """IEC 61966-2-1: what each of the 256 levels stands for, 0..1."""
-    level = np.arange(256) / 255.0
-    return np.where(level > 0.04045, ((level + 0.055) / 1.055) ** 2.4, level / 12.92)
 
 
 @cache
