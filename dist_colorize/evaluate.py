@@ -29,11 +29,11 @@ from dist_colorize.distributed import StopFlag, World, session
 from dist_colorize.errors import UserError, run_command
 from dist_colorize.evaluation import Evaluation, evaluate, protocol, write_evaluation
 from dist_colorize.files import write_atomically
-from dist_colorize.postprocess.inputs import printable
 from dist_colorize.postprocess.stages import load_preset
 from dist_colorize.postprocess.trained import find_trained
 from dist_colorize.recipe import Recipe
 from dist_colorize.report import Page, write_report
+from dist_colorize.text import printable
 
 COMPARED = ("data", "photographs_are", "size", "preparation", "photographs")
 """Parts of the protocol that must agree before two tables compare."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".*.tmp"
-"""Pattern of the temporary names. One that a kill has left behind can be removed when nobody writes in its folder."""
+"""Pattern of the temporary names."""
 
 
 @contextmanager
@@ -21,8 +23,10 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """
     # A name of its own, and a short one: what is based on `path.name` could be too long for the file system.
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # the kernel takes the umask off
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the kernel takes the umask off
     try:
+        with suppress(OSError):  # a file system without locks: remove_stale cannot tell, and leaves it
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield temporary
         if durable:
             sync(temporary)
@@ -31,8 +35,23 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
+    finally:
+        os.close(descriptor)
     if durable:
         sync(path.parent)
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes the temporary files of processes that were killed; those of living ones are locked and stay."""
+    for path in folder.glob(TEMPORARY):
+        if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name):
+            with suppress(OSError):  # locked, not ours, or just renamed
+                descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+                finally:
+                    os.close(descriptor)
 
 
 def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:

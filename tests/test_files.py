@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from pathlib import Path
 
 import pytest
 
-from dist_colorize.files import link_atomically, replacing, write_atomically
+from dist_colorize.files import link_atomically, remove_stale, replacing, write_atomically
 
 
 def test_the_longest_name_works_and_nothing_is_left(tmp_path: Path) -> None:
@@ -55,6 +56,22 @@ def test_after_a_failure_the_old_content_stays(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="halfway"):
         fail_halfway(path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_kill_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
+    killed = os.fork()
+    if not killed:
+        with replacing(tmp_path / "one") as temporary:
+            temporary.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(killed, 0)
+    (tmp_path / ".someone else's.tmp").touch()
+    assert len(list(tmp_path.iterdir())) == 2
+    with replacing(tmp_path / "two") as temporary:
+        temporary.write_bytes(b"whole")
+        remove_stale(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".someone else's.tmp", "two"]
+    assert (tmp_path / "two").read_bytes() == b"whole"
 
 
 def test_a_link_moves_in_one_step(tmp_path: Path) -> None:

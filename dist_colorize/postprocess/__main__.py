@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from dist_colorize.distributed import StopFlag, usable_cores
 from dist_colorize.errors import FAILURE, INTERRUPTED, OK, UserError, run_command
+from dist_colorize.files import remove_stale
 from dist_colorize.postprocess.colorizer import MULTIPLE, Colorizer, Prediction
 from dist_colorize.postprocess.cpu import TorchBackend
 from dist_colorize.postprocess.encode import DiskError, write_picture
@@ -103,6 +104,8 @@ def colorize(arguments: argparse.Namespace, stop: StopFlag) -> int:
     if ranks.local_size > 1:
         torch.set_num_threads(_own_cores())
     if ranks.is_leader:
+        for folder in {output, *(job.target.parent for job in all_jobs)}:
+            remove_stale(folder)
         for line in trained.skipped:
             print(f"skipped: {line}", file=sys.stderr)
         print(f"network: {trained.file}\noutput: {output}", flush=True)
