@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from dist_colorize import config
 from dist_colorize.errors import RunFailed, UserError, run_command
 from dist_colorize.recipe import Recipe
-from dist_colorize.slurm import follow, network, partition, sweep
+from dist_colorize.slurm import follow, network, partition, snapshot, sweep
 from dist_colorize.slurm.partition import Node, gpus_of, resolve
 from dist_colorize.slurm.settings import SlurmConfig
 from dist_colorize.slurm.snapshot import take_snapshot
@@ -289,6 +289,18 @@ def test_the_snapshot_runs_by_itself(tmp_path: Path) -> None:
         [sys.executable, "-P", "-c", probe], cwd=CHECKOUT, env=env, capture_output=True, text=True, check=True
     )
     assert all(path.startswith(str(code)) and Path(path).exists() for path in told.stdout.split())
+
+
+def test_the_snapshot_has_what_numba_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "package"
+    (package / "__pycache__").mkdir(parents=True)
+    for name in ("a.py", "__pycache__/a.f-1.py311.nbi", "__pycache__/a.f-1.py311.1.nbc", "__pycache__/a.pyc", ".b"):
+        (package / name).touch()
+    monkeypatch.setattr(snapshot, "PACKAGE", package)
+    copy = take_snapshot(tmp_path / "code") / "package"
+    found = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    assert found == {"a.py", "__pycache__/a.f-1.py311.nbi", "__pycache__/a.f-1.py311.1.nbc"}
+    assert (copy / "a.py").stat().st_mtime_ns == (package / "a.py").stat().st_mtime_ns  # numba asks for that
 
 
 def test_the_rendezvous_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:

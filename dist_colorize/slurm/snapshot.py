@@ -18,8 +18,11 @@ def code_root() -> Path:
 
 
 def take_snapshot(target: Path) -> Path:
-    """Copy the package to `target`, which becomes a folder for PYTHONPATH; returns it."""
-    leave_out = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+    """Copy the package to `target`, which becomes a folder for PYTHONPATH; returns it.
+
+    What numba has compiled comes along (in __pycache__), so that the tasks need not do it again.
+    """
+    leave_out = shutil.ignore_patterns("*.pyc", ".*")
     shutil.copytree(PACKAGE, target / PACKAGE.name, ignore=leave_out)
     for folder in BESIDE:
         if not (PACKAGE / folder).is_dir() and (code_root() / folder).is_dir():
