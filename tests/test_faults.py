@@ -9,6 +9,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,25 +164,42 @@ def test_a_run_cut_at_random_collectives_ends_to_the_bit_like_a_whole_one(
     assert cuts >= 3
 
 
+def cut_everywhere(
+    run: Run, settings: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, sample: int | None
+) -> None:
+    """One run for each collective of a whole one, or for a sample of them, interrupted there."""
+    cut = Cut(monkeypatch)
+    run(folder / "whole", *settings)
+    total, cuts, seed = cut.count, 0, random.randrange(10**6)
+    chosen = range(1, total + 1) if sample is None else sorted(random.Random(seed).sample(range(1, total + 1), sample))
+    print(f"{total} collectives, cut at {chosen}, seed {seed}")
+    for first in chosen:
+        for cached in Path(os.environ["XDG_CACHE_HOME"]).glob("**/colours/*.npy"):
+            cached.unlink()  # so that colours are counted
+        points = iter([first])
+        cuts += cut_and_resume(
+            run, folder / "whole", folder / f"cut-{first}", settings, cut, lambda points=points: next(points, 10**9)
+        )
+    assert cuts >= len(chosen) - 3  # after the last look at the flag a signal comes too late
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_run_cut_at_some_collectives_ends_to_the_bit_like_a_whole_one(
+    run: Run, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others each time; the seed is printed."""
+    cut_everywhere(run, settings, tmp_path, monkeypatch, sample=10)
+
+
 @pytest.mark.endurance
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_run_cut_at_every_collective_ends_to_the_bit_like_a_whole_one(
     run: Run, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Waiting for rank 0, counting colours (the cache of the counts is removed), first step, end of an epoch (the third
-    step), validation, last step, final evaluation."""
-    cut = Cut(monkeypatch)
-    run(tmp_path / "whole", *settings)
-    total, cuts = cut.count, 0
-    for first in range(1, total + 1):
-        for cached in Path(os.environ["XDG_CACHE_HOME"]).glob("**/colours/*.npy"):
-            cached.unlink()
-        points = iter([first])
-        folder = tmp_path / f"cut-{first}"
-        cuts += cut_and_resume(
-            run, tmp_path / "whole", folder, settings, cut, lambda points=points: next(points, 10**9)
-        )
-    assert cuts >= total - 3  # after the last look at the flag a signal comes too late
+    """Waiting for rank 0, counting colours, first step, end of an epoch (the third step), validation, last step, final
+    evaluation."""
+    cut_everywhere(run, settings, tmp_path, monkeypatch, sample=None)
 
 
 # ---------------------------------------------------------------- disks
@@ -231,6 +250,69 @@ def test_when_the_last_save_fails_the_run_says_so_and_keeps_the_older_one(
     disk["full"] = ()
     run(tmp_path / "run", "train.validate_every=0")
     assert last_state(tmp_path / "run")["step"] == 6
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 8 MiB; a checkpoint of these tests takes about 1."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"a small disk cannot be mounted here, which takes root: {mount.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Others take what is left, but for a part of the next checkpoint."""
+    free = shutil.disk_usage(disk).free - 300_000
+    (disk / "others").write_bytes(bytes(free))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room_again", [True, False], ids=["room again", "full to the end"])
+def test_a_whole_run_on_a_disk_that_becomes_full(
+    run: Run,
+    small_disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    room_again: bool,
+) -> None:
+    """Full from step 3 on, in the middle of writing; with room again from step 6 on, or never."""
+    settings = ["checkpoint.every=2", "checkpoint.keep=1", "train.steps=8", "train.validate_every=0"]
+    run(tmp_path / "whole", *settings)
+    folder = small_disk / "run"
+
+    def others(step: int, L: torch.Tensor) -> torch.Tensor:
+        for thread in threading.enumerate():  # what is being saved, first
+            if thread.name == "checkpoint":
+                thread.join()
+        if step == 3:
+            fill(small_disk)
+        if step == 6 and room_again:
+            (small_disk / "others").unlink()
+        return L
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        at_step(patch, others)
+        if room_again:
+            run(folder, *settings)
+        else:
+            with pytest.raises(SaveError, match=r"step-00000008.pt: No space left on device \(0 MiB free\); older"):
+                run(folder, *settings)
+    told = capsys.readouterr().err
+    assert told.count("WARNING: cannot save") == (2 if room_again else 3)
+    assert "No space left on device" in told and "trying again at the next checkpoint" in told
+    kept = 8 if room_again else 2
+    assert checkpoints(folder) == ["best", "latest", f"step-{kept:08d}.pt"][0 if room_again else 1 :]
+    assert last_state(folder)["step"] == kept and not list(folder.glob("checkpoints/.*"))
+    if not room_again:
+        (small_disk / "others").unlink()
+        run(folder, *settings)
+    assert_same_bits(last_state(folder)["model"], last_state(tmp_path / "whole")["model"])
 
 
 def test_an_interrupted_run_tries_again_what_failed_before(

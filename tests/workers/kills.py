@@ -1,78 +1,141 @@
-"""Trains with ranks that are killed at random, and looks after each kill at what is left.
+"""Trains with processes that are killed at random, and looks after each kill at what is left.
 
-    python kills.py FOLDER RANKS KILLS SEED OVERRIDE...
+    python kills.py FOLDER RANKS KILLS SEED OVERRIDE...     # kill -9 of one rank or of all, in turns at random
+    python kills.py FOLDER torchrun KILLS SEED OVERRIDE...  # kill -9 of the launcher of two ranks
 
-Ranks are forked: to import torch takes longer than the training that is killed. Between kills nobody repairs anything.
-A run that gets to its end is compared with one that was left alone, and another is begun. Prints the figures as JSON.
+Half of the kills wait until a checkpoint is being written. Ranks without a launcher are forked from this process, which
+has imported everything but started no thread: a life then takes seconds. Between kills nobody repairs anything. A run
+that gets to its end is compared with one that was left alone, and another is begun; after the last kill the run is left
+to its end. Prints the figures as JSON.
 """
 
 from __future__ import annotations
 
+import collections
+import importlib
 import json
 import os
 import random
+import re
 import signal
 import socket
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_colorize import checkpoint, train
+from dist_colorize import checkpoint, heartbeat, train
 from dist_colorize.errors import run_command
 
+FEW_SECONDS = 0.5
+"""For which a survivor of these tests listens whether a silent rank is gone."""
 
-def fork_ranks(ranks: int, arguments: list[str], log: Path) -> list[int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(ranks):
+
+class Forked:
+    """Ranks of one life, without a launcher."""
+
+    def __init__(self, ranks: int, arguments: list[str], log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.ranks = [self._fork(rank, ranks, port, arguments, log) for rank in range(ranks)]
+
+    def _fork(self, rank: int, ranks: int, port: int, arguments: list[str], log: Path) -> int:
         child = os.fork()
-        if child == 0:
+        if child:
+            return child
+        code = 99
+        try:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
             os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": str(port)}
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
-            code = 99
-            try:
-                run_command(lambda: train.main(arguments))
-            except SystemExit as left:
-                code = int(left.code or 0)
-            except BaseException:
-                import traceback
+            run_command(lambda: train.main(arguments))
+        except SystemExit as left:
+            code = int(left.code or 0)
+        finally:
+            os._exit(code)
 
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.append(child)
-    return children
+    def can_be_killed(self, said: bytes) -> bool:
+        return True
+
+    def kill(self, generator: random.Random) -> None:
+        for rank in self.ranks if generator.random() < 0.5 else [generator.choice(self.ranks)]:
+            os.kill(rank, signal.SIGKILL)
+
+    def living(self) -> list[int]:
+        self.ranks = [rank for rank in self.ranks if not os.waitpid(rank, os.WNOHANG)[0]]
+        return self.ranks
 
 
-def ends(children: list[int], seconds: float) -> list[int]:
-    """Exit code of each child; those that do not end in time fail the test."""
-    codes: dict[int, int] = {}
+class Launched:
+    """torchrun and its two ranks."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        with open(log, "ab") as output:
+            self.launcher = subprocess.Popen(
+                [*command, "-m", "dist_colorize.train", *arguments], stdout=output, stderr=output
+            )
+        self.ranks: set[int] = set()
+
+    def can_be_killed(self, said: bytes) -> bool:
+        """Once the ranks have met: before, they would look for a dead launcher's store until their time-out."""
+        return b"run: " in said
+
+    def kill(self, generator: random.Random) -> None:
+        self.living()
+        self.launcher.kill()
+
+    def living(self) -> list[int]:
+        if self.launcher.poll() is None:
+            found = subprocess.run(
+                ["ps", "-o", "pid=", "--ppid", str(self.launcher.pid)], capture_output=True, text=True, check=False
+            )
+            self.ranks |= {int(pid) for pid in found.stdout.split()}
+            return [self.launcher.pid, *self.ranks]
+        return [rank for rank in self.ranks if Path(f"/proc/{rank}").exists()]
+
+
+Life = Forked | Launched
+
+
+def wait_for_the_end(life: Life, seconds: float) -> None:
+    """Those that do not end in time fail the test."""
     deadline = time.monotonic() + seconds
-    while len(codes) < len(children):
-        for child in children:
-            if child not in codes and os.waitpid(child, os.WNOHANG)[0]:
-                codes[child] = 0
+    while left := life.living():
         if time.monotonic() > deadline:
-            for child in children:
-                if child not in codes:
-                    os.kill(child, signal.SIGKILL)
-            raise AssertionError(f"{len(children) - len(codes)} ranks still ran {seconds} s after a kill")
-        time.sleep(0.01)
-    return list(codes.values())
+            for process in left:
+                os.kill(process, signal.SIGKILL)
+            raise AssertionError(f"{len(left)} processes still ran {seconds} s after a kill")
+        time.sleep(0.02)
 
 
-def final(folder: Path) -> tuple[dict[str, Any], list[float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def torn(run: Path) -> bool:
+    return any(run.glob("checkpoints/.*.tmp"))
+
+
+def phase(run: Path, before: int, whole: int) -> str:
+    """What a life was at when it was killed, which had found `before` steps."""
+    done = len(steps_of(run))
+    return "writing" if torn(run) else "scoring" if done == whole else "training" if done > before else "starting"
+
+
+def final(run: Path) -> tuple[dict[str, Any], list[float]]:
+    lines = steps_of(run)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return checkpoint.load(folder / "checkpoints" / "latest"), [line["loss"] for line in lines]
+    return checkpoint.load(run / "checkpoints" / "latest"), [line["loss"] for line in lines]
 
 
 def same(one: Any, other: Any) -> bool:
@@ -83,46 +146,70 @@ def same(one: Any, other: Any) -> bool:
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
 
 
-def main(folder: Path, ranks: int, kills: int, seed: int, overrides: list[str]) -> None:
-    generator = random.Random(seed)
+def main(folder: Path, start: Callable[[Path], Life], kills: int, generator: random.Random) -> dict[str, Any]:
     log = folder / "output.txt"
     began = time.monotonic()
-    ends(fork_ranks(ranks, [*overrides, f"run.dir={folder / 'whole'}"], log), 600)
+    wait_for_the_end(start(folder / "whole"), 600)
     duration = time.monotonic() - began
     whole, losses = final(folder / "whole")
-    made = finished = resumed = in_the_middle_of_a_write = 0
+    made = finished = 0
+    phases: collections.Counter[str] = collections.Counter()
     run, last = folder / "run-0", 0
-    while made < kills:
-        children = fork_ranks(ranks, [*overrides, f"run.dir={run}"], log)
-        end = time.monotonic() + generator.uniform(0.05, 1.0) * duration
-        gone = False
-        while time.monotonic() < end and not gone:
-            time.sleep(0.005)
-            gone = not all(Path(f"/proc/{child}/stat").read_text().split()[2] != "Z" for child in children)
-        if not gone:
-            for child in children if generator.random() < 0.5 else [generator.choice(children)]:
-                os.kill(child, signal.SIGKILL)
-            made += 1
-        ends(children, 120)
-        in_the_middle_of_a_write += bool(list(run.glob("checkpoints/.*.tmp")))
+    while made < kills or last:
+        begin = log.stat().st_size
+        before = len(steps_of(run))
+        life = start(run)
+        if made < kills:
+            end = time.monotonic() + generator.uniform(0.05, 1.0) * duration
+            while life.living() and (time.monotonic() < end or not life.can_be_killed(log.read_bytes()[begin:])):
+                time.sleep(0.005)
+            if generator.random() < 0.5:
+                while life.living() and not torn(run):
+                    time.sleep(0.001)
+            if life.living():
+                life.kill(generator)
+                made += 1
+                phases[phase(run, before, len(losses))] += 1
+        wait_for_the_end(life, 120)
+
+        text = log.read_bytes()[begin:].decode(errors="replace")
+        resumed = [int(step) for step in re.findall(r"resuming from .*, step (\d+)", text)]
+        assert resumed in ([], [last]) if last else not resumed, (resumed, last)
         found = checkpoint.newest(run / "checkpoints")
-        if found is not None:
-            assert not found[2], found[2]
-            assert found[0]["step"] >= last, (found[0]["step"], last)
-            resumed += found[0]["step"] > last
-            last = found[0]["step"]
-        else:
+        if found is None:
             assert last == 0
-        if gone and last == len(losses):
+            continue
+        state, _, skipped = found
+        assert not skipped, skipped
+        assert state["step"] >= last, (state["step"], last)
+        last = state["step"]
+        if (run / "evaluation.json").exists():
             state, seen = final(run)
             assert seen == losses
-            assert all(
-                same(state[key], whole[key]) for key in ("model", "optimizer", "rng", "position", "class_weights")
-            )
+            parts = ("model", "optimizer", "rng", "position", "class_weights", "best")
+            assert all(same(state[part], whole[part]) for part in parts)
             finished += 1
             run, last = folder / f"run-{finished}", 0
-    print(json.dumps({"kills": made, "finished": finished, "advanced": resumed, "torn": in_the_middle_of_a_write}))
+    return {
+        "kills": made,
+        "finished": finished,
+        "seconds": round(time.monotonic() - began),
+        "killed while": dict(phases),
+    }
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])
+    folder, ranks = Path(sys.argv[1]), sys.argv[2]
+    folder.mkdir()
+    overrides = sys.argv[5:]
+    heartbeat.SILENT_SECONDS = FEW_SECONDS
+    # What each rank would import by and by. It must start no thread: forks would wait for ever for what that one holds.
+    for module in ("torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "scipy.spatial", "numba"):
+        importlib.import_module(module)
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "set OMP_NUM_THREADS=1"
+
+    def start(run: Path) -> Life:
+        arguments, log = [*overrides, f"run.dir={run}"], folder / "output.txt"
+        return Launched(arguments, log) if ranks == "torchrun" else Forked(int(ranks), arguments, log)
+
+    print(json.dumps(main(folder, start, int(sys.argv[3]), random.Random(int(sys.argv[4])))))
