@@ -264,9 +264,7 @@ class Run:
         settings = {name: v if isinstance(v, (bool, int, float)) else str(v) for name, v in recipe.items()}
         scores = {f"{metric}/{stage}": value for stage, row in self._scores.items() for metric, value in row.items()}
         # not SummaryWriter.add_hparams: that makes a second folder, which shows up as another run
-        for part in hparams(
-            {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in settings.items()}, scores
-        ):
+        for part in hparams(settings, scores):
             self._open()._get_file_writer().add_summary(part)
 
     def _close(self) -> None:

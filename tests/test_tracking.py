@@ -142,6 +142,50 @@ def test_each_line_is_there_as_soon_as_it_is_logged_and_is_strict_json(tmp_path:
     run.close()
 
 
+def test_tensorboard_gets_settings_final_scores_and_a_layout(tmp_path: Path, world: World) -> None:
+    """Read back as TensorBoard's own tabs HPARAMS and CUSTOM SCALARS do."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    recipe = "train:\n  lr: 0.002\n  steps: 4\n  clip: null\nmodel:\n  method: final\ndata:\n  flip: true\n"
+    with open_run(RunConfig(dir=str(tmp_path)), world, recipe) as run:
+        run.resume(0)
+        run.log(2, loss=0.5, images_per_second=7)
+        run.validation(2, {"raw": {"psnr": 20.0, "mse": 9.0}, "final": {"psnr": 21.0, "mse": 8.0}}, None)
+        run.validation(4, {"raw": {"psnr": 22.0, "mse": 7.0}, "final": {"psnr": 23.5, "mse": 6.5}}, None)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+
+    said = {tag: HParamsPluginData.FromString(c) for tag, c in board.PluginTagToContent("hparams").items()}
+    start = said["_hparams_/session_start_info"].session_start_info.hparams
+    assert {name: getattr(value, value.WhichOneof("kind")) for name, value in start.items()} == {
+        "train.lr": 0.002,
+        "train.steps": 4,
+        "train.clip": "None",
+        "model.method": "final",
+        "data.flip": True,
+    }
+    metrics = {info.name.tag for info in said["_hparams_/experiment"].experiment.metric_infos}
+    assert {tag: board.Scalars(tag)[-1].value for tag in metrics} == {
+        "psnr/raw": 22.0,
+        "mse/raw": 7.0,
+        "psnr/final": 23.5,
+        "mse/final": 6.5,
+    }
+
+    (event,) = board.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(event.tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    shown = {title: {t for t in board.Tags()["scalars"] if re.search(tag, t)} for title, (tag,) in charts.items()}
+    assert shown == {
+        "loss": {"loss"},
+        "images/s": {"images_per_second"},
+        "PSNR of each stage": {"psnr/raw", "psnr/final"},
+        "MSE of each stage": {"mse/raw", "mse/final"},
+    }
+
+
 def test_validation_reaches_tensorboard_to_the_bit(tmp_path: Path, world: World) -> None:
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
