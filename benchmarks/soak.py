@@ -66,6 +66,7 @@ class Soak:
         self.lost: dict[str, list[int]] = {}
         self.problems: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
+        self.spoilt: Path | None = None
 
     def run(self, seconds: float) -> dict[str, Any]:
         self.prepare()
@@ -198,12 +199,15 @@ class Soak:
         self.spoil(lambda path: path.write_bytes(self.random.randbytes(path.stat().st_size)))
 
     def spoil(self, damage: Callable[[Path], Any]) -> None:
-        """For a while: a run starts again only with the photographs of its checkpoint, by their fingerprint."""
-        path = self.random.choice(sorted(self.photographs.glob("*.jpg")))
-        shutil.copy2(path, self.folder / "original")
-        damage(path)
-        self.train_for(8)
-        (self.folder / "original").replace(path)
+        """Until the next one is spoilt, also while the run is dead and starts again."""
+        self.mend()
+        self.spoilt = self.random.choice(sorted(self.photographs.glob("*.jpg")))
+        shutil.copy2(self.spoilt, self.folder / "original")
+        damage(self.spoilt)
+
+    def mend(self) -> None:
+        if self.spoilt:
+            (self.folder / "original").replace(self.spoilt)
 
     def batch_of_nan(self) -> None:
         (self.folder / "poison").touch()

@@ -47,6 +47,8 @@ class RunFailed(UserError):
 class Interrupted(Exception):
     """The work stopped because a signal asked for it, and everything needed to go on is saved. Raised on all ranks."""
 
+    shared = True
+
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main()` and leave with its exit code (None is OK); errors of the user are printed without a traceback.

@@ -139,9 +139,10 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
                 if step % recipe.checkpoint.every == 0 or step == settings.steps:
                     checkpoints.save(step)
             result = validate()
-        except (Interrupted, RunFailed):
-            replacements.share(step, loader.replaced + unusable)
-            checkpoints.save_before_leaving(step)
+        except (Interrupted, RunFailed) as reason:
+            if reason.shared:
+                replacements.share(step, loader.replaced + unusable)
+                checkpoints.save_before_leaving(step)
             raise
     replacements.share(step, unusable)
 

@@ -498,6 +498,33 @@ def test_too_many_bad_photographs_stop_the_run(
     assert last_state(tmp_path / "run")["step"] == max(losses(tmp_path / "run"))
 
 
+def test_data_that_are_gone_fail_the_run_and_it_goes_on_when_they_are_back(
+    run: Run, quick: None, tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network disk that was away: not the user's mistake, so that a launcher may try again."""
+    settings = ["train.validate_every=0", "train.schedule=constant", "data.max_bad=1"]
+    run(tmp_path / "whole", *settings)
+
+    def unplug(step: int, L: torch.Tensor) -> torch.Tensor:
+        if step == 4:
+            photographs.rename(tmp_path / "away")
+        return L
+
+    with monkeypatch.context() as patch:
+        at_step(patch, unplug)
+        with pytest.raises(
+            RunFailed, match="32 photographs in a row cannot be used, .* are the data still there"
+        ) as error:
+            run(tmp_path / "run", *settings, "train.steps=100")
+    assert error.value.code == FAILURE and last_state(tmp_path / "run")["step"] >= 3
+    (tmp_path / "away").rename(photographs)
+    for later in (tmp_path / "run" / "checkpoints").glob("step-*.pt"):
+        if later.name != "step-00000003.pt":
+            later.unlink()
+    run(tmp_path / "run", *settings)
+    assert_same_bits(last_state(tmp_path / "run")["model"], last_state(tmp_path / "whole")["model"])
+
+
 # ---------------------------------------------------------------- torchrun starts workers again
 
 

@@ -37,7 +37,7 @@ from dist_colorize.data.order import Order
 from dist_colorize.data.plan import PADDING, Plan, evaluation_plan, training_plan
 from dist_colorize.data.prefetch import Prefetch
 from dist_colorize.distributed import World, usable_cores
-from dist_colorize.errors import UserError
+from dist_colorize.errors import RunFailed, UserError
 
 ATTEMPTS = 32
 """Substitutes tried for one slot. So many failures in a row mean that the data have gone, not that a file is bad."""
@@ -223,7 +223,7 @@ class _Decoder:
                 continue
             if row not in self._bad or self._decodes(plan, slot, encoded):
                 return encoded
-        raise UserError(
+        raise RunFailed(
             f"{self._photographs.root}: {ATTEMPTS} photographs in a row cannot be used, the last one "
             f"{self._photographs.name(row)!r}: {self._bad[row].reason}; are the data still there? "
             "If they changed, python -m dist_colorize.index ROOT --rebuild"
