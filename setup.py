@@ -61,6 +61,7 @@ setup(
         "torchvision>=0.29,<0.30",  # VGG16-BN and its pretrained weights
         *CUDA_WHEELS[cuda],  # decoding and augmentation; launch of our kernels and the compiler they need
         "numpy",
+        "numba",  # loops over pixels on a CPU, where DALI's resize and Lab took 3/4 of the input path: data/finish.py
         "pyyaml",  # config files
         "tensorboard",
         "submitit",  # SLURM
@@ -71,7 +72,7 @@ setup(
         "pillow",  # captions in panels
     ],
     extras_require={
-        "benchmarks": ["opencv-python-headless", "numba", "kornia"],  # the peers
+        "benchmarks": ["opencv-python-headless", "kornia"],  # the peers
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "nvidia-cuda-nvdisasm"],
     },
     classifiers=[

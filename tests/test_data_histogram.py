@@ -62,3 +62,11 @@ def test_counts_equal_numpy_and_are_cached(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_sample_counts_the_first_rows(tmp_path: Path) -> None:
     assert count(2, tmp_path, sample=0.25)["cells"].sum() == 2 * 64 * 64
+
+
+def test_the_compiled_count_equals_the_torch_one_to_the_pixel() -> None:
+    ab = torch.randn(1, 2, 100, 100) * 60  # some beyond the cells
+    ab[..., ::7] = ab[..., ::7].round() + 0.5  # half-way between two cells
+    cells = np.zeros(2 * EXTENT * 2 * EXTENT, dtype=np.int64)
+    histogram._add_cells(*ab[0].flatten(1).numpy(), cells)
+    assert torch.equal(torch.from_numpy(cells), count_cells(ab))

@@ -10,45 +10,28 @@ The result is made in strips of rows, whose intermediates stay in the second-lev
     columns     the weighted sum of neighbouring columns                              vectorised along the strip
     levels      rounded to 8 bits, looked up on the sRGB curve, transposed back
     Lab         without divisions and branches                                        vectorised along the row
-
-numba compiles this when it is used for the first time on a machine, and keeps the result beside this file or in the
-user's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from functools import partial
 from math import prod
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_colorize.color.lab import EPSILON, OFFSET, SLOPE, WHITE, XYZ_FROM_RGB, linear_from_srgb
+from dist_colorize.data.compiled import compiled
 
 STRIP = 32
 """Rows made at a time: with fewer the short loops cost more than they do, with more the strip leaves the cache."""
 
 Floats = NDArray[np.float32]
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def compiled(function: Function) -> Function:
-    """Machine code instead of Python; other threads run meanwhile."""
-    # "contract": a product and a sum may become one fused operation. Nothing is reordered.
-    compile_it = partial(numba.njit, nogil=True, fastmath={"contract"}, error_model="numpy")
-    try:
-        return cast(Function, compile_it(cache=True)(function))
-    except RuntimeError:  # no folder to keep it in: neither here nor in the user's cache may be written
-        return cast(Function, compile_it()(function))
-
-
-_LINEAR = linear_from_srgb(torch.arange(256, dtype=torch.float64) / 255).float().numpy()
+LINEAR = linear_from_srgb(torch.arange(256, dtype=torch.float64) / 255).float().numpy()
 """What each of the 256 levels stands for, 0..1."""
 _MATRIX = (np.array(XYZ_FROM_RGB) / np.array(WHITE)[:, None]).astype(np.float32)
 """Linear sRGB -> X / Xn, Y / Yn, Z / Zn."""
@@ -108,11 +91,11 @@ def finish(crop: NDArray[np.uint8], mirrored: bool, L: Floats, ab: Floats) -> No
                 level[n] = np.uint8(column[n] + np.float32(0.5))
             at = size - 1 - x if mirrored else x
             for n in range(STRIP):
-                red[n, at] = _LINEAR[level[n]]
-                green[n, at] = _LINEAR[level[STRIP + n]]
-                blue[n, at] = _LINEAR[level[2 * STRIP + n]]
+                red[n, at] = LINEAR[level[n]]
+                green[n, at] = LINEAR[level[STRIP + n]]
+                blue[n, at] = LINEAR[level[2 * STRIP + n]]
         for n in range(min(STRIP, size - top)):
-            _lab(red[n], green[n], blue[n], L[top + n], ab[0, top + n], ab[1, top + n])
+            lab_of_row(red[n], green[n], blue[n], L[top + n], ab[0, top + n], ab[1, top + n])
 
 
 @compiled
@@ -147,7 +130,7 @@ def _add(out: Floats, rows: NDArray[Any], weight: Floats, count: int) -> None:
 
 
 @compiled
-def _lab(red: Floats, green: Floats, blue: Floats, L: Floats, a: Floats, b: Floats) -> None:
+def lab_of_row(red: Floats, green: Floats, blue: Floats, L: Floats, a: Floats, b: Floats) -> None:
     """A row of linear sRGB to Lab (CIE 15:2004), in place of L, a and b."""
     for x in range(len(L)):
         fx = _f(_MATRIX[0, 0] * red[x] + _MATRIX[0, 1] * green[x] + _MATRIX[0, 2] * blue[x])
