@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from cluster import Cluster, missing, wait_for
+from cluster import Cluster, as_user, missing, wait_for
 from conftest import CHECKOUT, run_torchrun
+from PIL import Image
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -29,8 +35,11 @@ TINY = [
     "train.validate_every=0",
     "evaluate.pictures=0",
     "checkpoint.every=1000",
+    "distributed.threads=1",  # their number decides the order of sums, and this machine may have more cores than ranks
 ]
+LAUNCHER = CHECKOUT / "launch" / "slurm.py"
 CPUS = ["--gpus-per-node", "0", "--cpus-per-task", "1"]
+NOBODY = 65534
 LONG = "train.steps=60"
 """Long enough to be cut off in the middle, on a fast machine too."""
 
@@ -106,42 +115,42 @@ class Job:
         self.cluster.wait_until_idle()
 
 
+Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 Submit = Callable[..., Job]
 
 
 @pytest.fixture
-def launch(
-    cluster: Cluster, environment: dict[str, str], tmp_path: Path
-) -> Callable[..., subprocess.CompletedProcess[str]]:
+def launch(cluster: Cluster, environment: dict[str, str], tmp_path: Path) -> Launch:
     """`launch(*arguments)`: launch/slurm.py on the login host."""
 
     def start(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(CHECKOUT / "launch" / "slurm.py"), *arguments]
-        return cluster.run(command, env=environment, cwd=tmp_path, timeout=timeout)
+        return cluster.run([sys.executable, str(LAUNCHER), *arguments], env=environment, cwd=tmp_path, timeout=timeout)
 
     return start
 
 
 @pytest.fixture
-def submit(
-    cluster: Cluster, launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> Iterator[Submit]:
+def submit(cluster: Cluster, launch: Launch, tmp_path: Path) -> Iterator[Submit]:
     """`submit(*arguments)`: a tiny training on CPUs; what still runs at the end of the test is cancelled."""
     jobs: list[Job] = []
 
     def start(*arguments: str) -> Job:
         run = tmp_path / f"run{len(jobs)}"
-        done = launch(*CPUS, f"run.dir={run}", *TINY, *arguments)
-        assert done.returncode == 0, done.stderr
-        number = re.search(r"^job: (\d+)", done.stdout, re.MULTILINE)
-        assert number
-        jobs.append(Job(cluster, number[1], run, done.stdout))
+        jobs.append(submitted(cluster, run, launch(*CPUS, f"run.dir={run}", *TINY, *arguments)))
         return jobs[-1]
 
     yield start
     for job in jobs:
         cluster.run(["scancel", job.id])
     cluster.wait_until_idle(120)
+
+
+def submitted(cluster: Cluster, run: Path, done: subprocess.CompletedProcess[str]) -> Job:
+    """The job that a finished launch/slurm.py tells of."""
+    assert done.returncode == 0, done.stderr
+    number = re.search(r"^job: (\d+)", done.stdout, re.MULTILINE)
+    assert number
+    return Job(cluster, number[1], run, done.stdout)
 
 
 def same_weights(run: Path, other: Path) -> bool:
@@ -171,7 +180,7 @@ def test_four_nodes_train_as_torchrun_does_on_one_host(submit: Submit, weights: 
     assert (job.run / "config.yaml").read_text() == next(job.run.glob("slurm/*/recipe.yaml")).read_text()
 
 
-@pytest.mark.endurance
+@pytest.mark.slow
 def test_four_nodes_with_two_tasks_each(submit: Submit, weights: Callable[..., Path]) -> None:
     job = submit("--nodes", "4", "--tasks-per-node", "2", "train.steps=4", "train.global_batch=8")
     job.until("COMPLETED")
@@ -179,9 +188,7 @@ def test_four_nodes_with_two_tasks_each(submit: Submit, weights: Callable[..., P
     assert same_weights(job.run, weights(8, "train.steps=4", "train.global_batch=8"))
 
 
-def test_gpu_nodes_get_a_task_for_each_gpu(
-    cluster: Cluster, launch: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_gpu_nodes_get_a_task_for_each_gpu(cluster: Cluster, launch: Launch) -> None:
     """The default asks for all 8 GPUs of a node and a task for each; each task then takes one of them."""
     shown = launch("--nodes", "4", "--dry-run")
     assert shown.returncode == 0, shown.stderr
@@ -198,9 +205,7 @@ def test_gpu_nodes_get_a_task_for_each_gpu(
     assert set(told.stdout.split("\n")) - {""} == expected
 
 
-def test_a_rejected_submission_shows_the_words_of_sbatch(
-    launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_a_rejected_submission_shows_the_words_of_sbatch(launch: Launch, tmp_path: Path) -> None:
     refused = launch(*CPUS, "--nodes", "40", f"run.dir={tmp_path / 'run'}", "train.global_batch=40")
     assert refused.returncode == 2
     assert "the cluster refused the job" in refused.stderr and "Node count specification invalid" in refused.stderr
@@ -228,15 +233,47 @@ def test_a_warned_job_saves_comes_back_and_ends_in_the_same_weights(
     assert same_weights(job.run, weights(2, LONG))
 
 
-def test_a_warning_while_python_starts_is_not_lost(submit: Submit) -> None:
-    job = submit("--nodes", "1", "train.steps=3")
-    wait_for(lambda: "start 0 on" in job.log, 60, "the job does not start")
-    wait_for(lambda: "slurm_script" in "".join(map(_arguments, job.cluster.processes())), 30)
-    time.sleep(0.5)  # srun is up, torch is not
-    job.cluster.run(["scancel", "--signal=USR2", job.id])
-    assert "\nrun: " not in job.log
+@pytest.mark.slow
+def test_a_warning_during_evaluation(submit: Submit, tmp_path: Path) -> None:
+    """Between two steps, and after the last one."""
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for number in range(400):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photographs / f"{number}.png")
+    slowly = ["train.validate_every=2", f"data.val_root={photographs}", "evaluate.batch=1"]
+    job = submit("--nodes", "1", "train.steps=4", *slowly)
+    for times, steps in ((1, 2), (2, 4)):
+        job.until_steps(steps)
+        job.cluster.run(["scancel", "--signal=USR2", job.id])
+        wait_for(lambda times=times: job.log.count("work is saved; requeued") == times, 60, lambda: job.log)
+        assert job.log.count("interrupted: during evaluation") == times
     job.until("COMPLETED")
-    assert job.log.count("interrupted, its work is saved; requeued") == 1
+    assert job.scontrol("Restarts") == "2"
+    assert_every_step_once(job.run, 4)
+    assert [json.loads(line)["step"] for line in (job.run / "validation.jsonl").read_text().splitlines()] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("moment", "code", "restarts"),
+    [
+        ("start", "{wait}", 1),  # no module of ours is loaded, no handler set
+        ("exit", "import atexit; atexit.register(lambda: exec({wait!r}))", 0),  # registered first, so it runs last
+    ],
+)
+def test_a_warning_while_python_starts_or_exits(
+    submit: Submit, tmp_path: Path, moment: str, code: str, restarts: int
+) -> None:
+    """A warned job that has not begun is requeued once; one that has finished stays finished."""
+    (tmp_path / "here").mkdir()
+    wait = f"import pathlib, time; pathlib.Path({str(tmp_path / moment)!r}).touch(); time.sleep(2)"
+    (tmp_path / "here" / "sitecustomize.py").write_text(code.format(wait=wait))
+    job = submit("--nodes", "1", "--setup", f"export PYTHONPATH={tmp_path}/here", "train.steps=3")
+    wait_for((tmp_path / moment).exists, 120, lambda: job.log)
+    job.cluster.run(["scancel", "--signal=USR2", job.id])
+    job.until("COMPLETED")
+    assert job.scontrol("Restarts") == str(restarts), job.log
+    assert job.log.count("interrupted, its work is saved; requeued") == restarts
     assert_every_step_once(job.run, 3)
 
 
@@ -335,28 +372,76 @@ def test_a_node_that_loses_its_slurmd(submit: Submit, cluster: Cluster) -> None:
         cluster.wait_until_idle(120)
 
 
+def preempt(cluster: Cluster, nodes: int) -> None:
+    """A job of a higher partition takes so many nodes for some seconds."""
+    wanted = ["--partition=high", f"--nodes={nodes}", "--exclusive", "--output=/dev/null"]
+    high = cluster.run(["sbatch", *wanted, "--wrap", "sleep 3"])
+    assert high.returncode == 0, high.stderr
+
+
 @pytest.mark.slow
-def test_preemption_by_a_higher_partition(submit: Submit, cluster: Cluster) -> None:
+def test_preemption_by_a_higher_partition(submit: Submit, cluster: Cluster, weights: Callable[..., Path]) -> None:
     job = submit("--nodes", "2", "--exclusive", LONG)
     job.until_steps(3)
-    high = cluster.run(
-        ["sbatch", "--partition=high", "--output=/dev/null", "--nodes=4", "--exclusive", "--wrap", "sleep 3"]
-    )
-    assert high.returncode == 0, high.stderr
+    preempt(cluster, nodes=4)
     job.until("COMPLETED")
     assert job.scontrol("Restarts") in ("1", "2")
     stopped, resumed = re.search(r"after step (\d+)", job.log), re.search(r"resuming from .*, step (\d+)", job.log)
     assert stopped and resumed and stopped[1] == resumed[1]
     assert_every_step_once(job.run, 60)
-    # not the bits of torchrun's run: a task with a node of its own computes with more threads, and sums otherwise
+    assert same_weights(job.run, weights(2, LONG))
+
+
+@pytest.mark.slow
+def test_preemption_by_sigterm_alone_of_a_job_of_another_user(
+    weights: Callable[..., Path], world_readable: Path, environment: dict[str, str]
+) -> None:
+    """A cluster that does not know preempt_send_user_signal, and a user who is not its administrator."""
+    python, path = interpreter_for(NOBODY)
+    cluster_folder, work = world_readable / "slurm", world_readable / "work"
+    for folder in (cluster_folder, work):
+        folder.mkdir()
+    work.chmod(0o777)
+    run, own = work / "run", {"PYTHONPATH": path, "HOME": str(work), "XDG_CACHE_HOME": str(work / "cache")}
+    with Cluster(cluster_folder, nodes=2, user_signal=False) as cluster:
+        arguments = [*CPUS, "--nodes", "2", "--exclusive", f"run.dir={run}", *TINY, LONG]
+        done = cluster.run([python, str(LAUNCHER), *arguments], env=environment | own, cwd=work, user=NOBODY)
+        job = submitted(cluster, run, done)
+        job.until_steps(3)
+        preempt(cluster, nodes=2)
+        job.until("COMPLETED")
+        assert "interrupted, its work is saved; requeued" in job.log
+        assert_every_step_once(run, 60)
+        assert run.stat().st_uid == (run / "checkpoints" / "latest").stat().st_uid == NOBODY
+    assert same_weights(run, weights(2, LONG))
+
+
+@pytest.fixture
+def world_readable() -> Iterator[Path]:
+    """pytest's own folders are closed to other users."""
+    folder = Path(tempfile.mkdtemp(prefix="cluster"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def interpreter_for(user: int) -> tuple[str, str]:
+    """A Python that `user` may run, and a PYTHONPATH with which it has our packages; skips where there is none."""
+    if os.geteuid():
+        pytest.skip("only root can submit as another user")
+    packages = sysconfig.get_path("purelib")
+    system = f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+    for python, path in ((sys.executable, ""), (system, packages)):
+        probe = [*as_user(user), "bash", "-c", f"PYTHONPATH={path} {python} -c 'import torch, nvidia.dali, submitit'"]
+        if subprocess.run(probe, cwd=CHECKOUT, capture_output=True, timeout=120, check=False).returncode == 0:
+            return python, path
+    pytest.skip(f"neither {sys.executable} nor {system} can be run by user {user} with the packages of {packages}")
 
 
 # ---------------------------------------------------------------- around the job
 
 
-def test_a_run_folder_belongs_to_one_job(
-    submit: Submit, launch: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_run_folder_belongs_to_one_job(submit: Submit, launch: Launch) -> None:
     job = submit("--nodes", "1", "train.steps=100000")
     second = launch(*CPUS, f"run.dir={job.run}")
     assert second.returncode == 2
@@ -366,37 +451,36 @@ def test_a_run_folder_belongs_to_one_job(
     assert f"#SBATCH --dependency=afterany:{job.id}" in behind.stdout
 
 
-@pytest.mark.endurance  # seen to hang once, when the machine was idle: cause not known
+@pytest.mark.slow
 def test_following_shows_progress_and_ctrl_c_leaves_the_job(
     cluster: Cluster, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    launcher = [sys.executable, "-u", str(CHECKOUT / "launch" / "slurm.py"), "--follow", *CPUS]
-    command = [*cluster.inside(cwd=tmp_path), *launcher, f"run.dir={run}", *TINY, "train.steps=100000"]
-    with subprocess.Popen(
-        command, env=cluster.environment(environment), stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as follower:
-        assert follower.stdout is not None
-        said = ""
-        for line in follower.stdout:
-            said += line
-            if "train " in line and "images/s" in line:
-                break
-        job = re.search(r"^job: (\d+)", said, re.MULTILINE)
-        assert job and f"job {job[1]}: RUNNING" in said
-        subprocess.run(["pkill", "-INT", "-f", f"^{sys.executable} -u .*run.dir={run}"], check=True)
-        rest = follower.stdout.read()
-    assert f"the job goes on. To stop it: scancel {job[1]}" in rest
-    assert follower.returncode == 75
-    assert cluster.run(["squeue", "-h", "-j", job[1], "-o", "%T"]).stdout.strip() == "RUNNING"
-    cluster.run(["scancel", job[1]])
-    cluster.wait_until_idle()
+    run, said = tmp_path / "run", tmp_path / "said"
+    launcher = [sys.executable, "-u", str(LAUNCHER), "--follow", *CPUS, f"run.dir={run}", *TINY, "train.steps=100000"]
+    # A shell without job control starts what it puts into the background, this test perhaps, deaf to Ctrl-C.
+    command = [*cluster.inside(cwd=tmp_path), "env", "--default-signal=INT", *launcher]
+    with open(said, "w") as output:
+        follower = subprocess.Popen(
+            command, env=cluster.environment(environment), stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        wait_for(lambda: re.search(r"^train .*images/s", said.read_text(), re.MULTILINE), 200, said.read_text)
+        subprocess.run(["pkill", "-INT", "--parent", str(follower.pid)], check=True)
+        assert follower.wait(30) == 75
+    finally:
+        subprocess.run(["pkill", "-KILL", "--parent", str(follower.pid)], check=False)
+        follower.wait(30)
+        job = re.search(r"^job: (\d+)", said.read_text(), re.MULTILINE)
+        state = cluster.run(["squeue", "-h", "-j", job[1], "-o", "%T"]).stdout if job else ""
+        cluster.run(["scancel", job[1] if job else "--state=PENDING"])
+        cluster.wait_until_idle(120)
+    assert job and f"job {job[1]}: RUNNING" in said.read_text()
+    assert f"the job goes on. To stop it: scancel {job[1]}" in said.read_text()
+    assert state.strip() == "RUNNING"
 
 
 @pytest.mark.slow
-def test_a_sweep_is_an_array_with_a_run_for_each_combination(
-    cluster: Cluster, launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_a_sweep_is_an_array_with_a_run_for_each_combination(cluster: Cluster, launch: Launch, tmp_path: Path) -> None:
     sweep = ["--sweep", "train.lr=1e-3,3e-4", "loss.rebalance=0.25"]
     done = launch(*CPUS, *TINY, "train.steps=3", f"run.root={tmp_path}", "--follow", *sweep, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -407,11 +491,15 @@ def test_a_sweep_is_an_array_with_a_run_for_each_combination(
         "lr: 0.001" in (runs[0] / "config.yaml").read_text() and "lr: 0.0003" in (runs[1] / "config.yaml").read_text()
     )
     assert all((run / "evaluation.json").exists() for run in runs)
+    compare = [sys.executable, "-m", "dist_colorize.runs", "compare", *map(str, runs)]
+    compared = subprocess.run(compare, cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.search(r"train\.lr +0\.001 +0\.0003", compared), compared
+    assert "slurm" not in compared and "run.dir" not in compared
 
 
 @pytest.mark.slow
 def test_evaluation_and_post_processing_are_shared_out(
-    launch: Callable[..., subprocess.CompletedProcess[str]], weights: Callable[..., Path], tmp_path: Path
+    launch: Launch, weights: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = weights(2, LONG)
     before = json.loads((run / "evaluation.json").read_text())
@@ -430,7 +518,9 @@ def test_evaluation_and_post_processing_are_shared_out(
 
 
 @pytest.mark.slow
-def test_the_batch_script_for_torchrun(cluster: Cluster, environment: dict[str, str], tmp_path: Path) -> None:
+def test_the_batch_script_for_torchrun(
+    cluster: Cluster, environment: dict[str, str], weights: Callable[..., Path], tmp_path: Path
+) -> None:
     run, log = tmp_path / "run", tmp_path / "job.log"
     options = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={log}"]
     python = {"PATH": f"{Path(sys.executable).parent}:{cluster.environment()['PATH']}", "GPUS": "0", "RANKS": "1"}
@@ -444,7 +534,7 @@ def test_the_batch_script_for_torchrun(cluster: Cluster, environment: dict[str, 
     assert "interrupted, its work is saved; requeued" in log.read_text()
     assert job.scontrol("JobState") == "COMPLETED"
     assert_every_step_once(run, 60)
-    # not the bits of one host's run: a rank with a node of its own computes with more threads, and sums otherwise
+    assert same_weights(run, weights(2, LONG))
 
 
 def test_teardown_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:

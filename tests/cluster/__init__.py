@@ -99,9 +99,7 @@ class Cluster:
         user: int | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on the login host, or on a node; its result with stdout and stderr as text."""
-        inside = self.inside(node, cwd)
-        if user is not None:
-            inside += ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+        inside = [*self.inside(node, cwd), *as_user(user)]
         return subprocess.run(
             [*inside, *command], env=self.environment(env), capture_output=True, text=True, timeout=timeout, check=False
         )
@@ -166,6 +164,11 @@ class Cluster:
     def _complaints(self) -> str:
         logs = [log for log in (self.folder / "log" / name for name in ("login.out", "slurmctld.log")) if log.exists()]
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in logs)
+
+
+def as_user(user: int | None) -> list[str]:
+    """The words before a command that make it run as another user."""
+    return [] if user is None else ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: Callable[[], str] | str = "") -> None:
