@@ -17,18 +17,14 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
-    parser.addoption("--endurance", action="store_true", help="run the tests that take from minutes to hours too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    asked_for = {
-        name: config.getoption(f"--{name}") or name in config.getoption("-m") for name in ("slow", "endurance")
-    }
+    slow = config.getoption("--slow") or "slow" in config.getoption("-m")
     gpu = None
     for item in items:
-        for name, asked in asked_for.items():
-            if name in item.keywords and not asked:
-                item.add_marker(pytest.mark.skip(reason=f"{name}: run it with --{name}"))
+        if "slow" in item.keywords and not slow:
+            item.add_marker(pytest.mark.skip(reason="slow: run it with --slow"))
         if "gpu" in item.keywords:
             gpu = _has_gpu() if gpu is None else gpu
             if not gpu:

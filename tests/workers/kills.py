@@ -149,8 +149,10 @@ def same(one: Any, other: Any) -> bool:
 def main(folder: Path, start: Callable[[Path], Life], kills: int, generator: random.Random) -> dict[str, Any]:
     log = folder / "output.txt"
     began = time.monotonic()
+    wait_for_the_end(start(folder / "first"), 600)  # makes the index and counts colours, as no later one does
+    indexed = time.monotonic()
     wait_for_the_end(start(folder / "whole"), 600)
-    duration = time.monotonic() - began
+    duration = time.monotonic() - indexed
     whole, losses = final(folder / "whole")
     made = finished = 0
     phases: collections.Counter[str] = collections.Counter()
