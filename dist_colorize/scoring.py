@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_colorize import metrics, splotches
+from dist_colorize import metrics
 from dist_colorize.color.gamut import BINS, Gamut
 from dist_colorize.data import Batch
 from dist_colorize.metrics import METRICS
@@ -120,6 +120,8 @@ def score(
 
 def _slow_scores(task: tuple[Picture, Picture, NDArray[Any], NDArray[Any], NDArray[Any]]) -> dict[str, float]:
     """What numpy computes photograph by photograph, in threads: (picture, truth, ab, true ab, L)."""
+    from dist_colorize import splotches  # scipy.ndimage is slow to import; training evaluates at its end
+
     picture, truth, ab, true_ab, lightness = task
     colours = metrics.colourfulness(picture)
     return {

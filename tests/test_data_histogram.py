@@ -12,6 +12,7 @@ from conftest import run_torchrun
 
 from dist_colorize.color.rebalance import EXTENT, count_cells
 from dist_colorize.data import DataConfig, evaluation_batches, histogram, open_photographs
+from dist_colorize.data.cells import add_cells
 from dist_colorize.distributed import DistributedConfig, StopFlag, session
 
 WORKER = Path(__file__).parent / "workers" / "colours.py"
@@ -68,5 +69,5 @@ def test_the_compiled_count_equals_the_torch_one_to_the_pixel() -> None:
     ab = torch.randn(1, 2, 100, 100) * 60  # some beyond the cells
     ab[..., ::7] = ab[..., ::7].round() + 0.5  # half-way between two cells
     cells = np.zeros(2 * EXTENT * 2 * EXTENT, dtype=np.int64)
-    histogram._add_cells(*ab[0].flatten(1).numpy(), cells)
+    add_cells(*ab[0].flatten(1).numpy(), cells)
     assert torch.equal(torch.from_numpy(cells), count_cells(ab))

@@ -32,7 +32,6 @@ from torch import Tensor
 from dist_colorize.data import pipeline
 from dist_colorize.data.columns import Photographs
 from dist_colorize.data.config import DataConfig
-from dist_colorize.data.finish import finish_batch
 from dist_colorize.data.order import Order
 from dist_colorize.data.plan import PADDING, Plan, evaluation_plan, training_plan
 from dist_colorize.data.prefetch import Prefetch
@@ -265,6 +264,8 @@ class _Decoder:
                 # [B, 1, S, S] twice -> [B, 2, S, S]
                 ab = torch.cat([a, b], dim=1)
             else:
+                from dist_colorize.data.finish import finish_batch  # numba takes long to import; a GPU does not need it
+
                 crops, flips = [np.asarray(crop) for crop in outputs[0]], outputs[1].as_array() != 0
                 finished = finish_batch(crops, flips, self._config.crop, workers, self._threads)
                 L, ab = (tensor.to(self._device) for tensor in finished)
