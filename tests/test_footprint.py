@@ -1,0 +1,78 @@
+"""What a plan promises, against what a real run takes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_faults import make_photographs
+from test_train import TINY
+
+from dist_colorize import train
+from dist_colorize.footprint import checkpoint_bytes, memory, traffic
+from dist_colorize.models import ModelConfig, build
+from dist_colorize.optimisation import TrainConfig
+from dist_colorize.recipe import recipe_of
+
+FP32 = TrainConfig(precision="fp32")
+
+
+def trained_bytes(model: ModelConfig) -> int:
+    return sum(parameter.nbytes for parameter in build(model).parameters() if parameter.requires_grad)
+
+
+@pytest.mark.slow
+def test_memory_is_what_a_real_step_takes() -> None:
+    promised = memory(ModelConfig(), FP32, 4, 224, "cpu")
+    # the allocator gives large blocks back at once; by default it learns to keep them
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
+    worker = Path(__file__).parent / "workers" / "peak.py"
+    command = [sys.executable, str(worker), str(images), "224"]
+    taken = int(
+        subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300).stdout
+    )
+    assert taken == pytest.approx(promised.peak, rel=0.15)
+
+
+def test_memory_of_activations_grows_with_the_batch_and_shrinks_with_precision() -> None:
+    one, four = (memory(ModelConfig(width=0.25), FP32, images, 64, "cpu") for images in (1, 4))
+    assert four.activations == pytest.approx(4 * one.activations, rel=0.05)
+    assert (four.weights, four.gradients, four.optimizer) == (one.weights, one.gradients, one.optimizer)
+    half = memory(ModelConfig(width=0.25), TrainConfig(precision="bf16"), 4, 64, "cpu")
+    assert 0.5 < half.activations / four.activations < 0.8
+    # 32 x 32 cells of 313 logits of 4 bytes
+    assert four.logits == 4 * 32 * 32 * 313 * 4
+
+
+@pytest.mark.parametrize(
+    "model", [ModelConfig(), ModelConfig(width=0.25, encoder="scratch"), ModelConfig(method="mse")]
+)
+def test_fixed_memory_is_that_of_the_parameters(model: ModelConfig) -> None:
+    trained = trained_bytes(model)
+    promised = memory(model, TrainConfig(precision="fp32", ema=0.9), 1, 32, "cpu")
+    assert promised.gradients == trained
+    # two moments, and a step count for each parameter
+    assert 2 * trained <= promised.optimizer <= 2 * trained + 1000
+    assert promised.average == sum(parameter.nbytes for parameter in build(model).parameters())
+    assert promised.peak > promised.weights + promised.gradients + promised.optimizer + promised.average
+
+
+@pytest.mark.parametrize("model", [ModelConfig(width=0.25), ModelConfig(width=0.25, encoder="scratch")])
+def test_only_gradients_of_what_is_trained_are_sent(model: ModelConfig) -> None:
+    # besides: two sums in float64, and what DDP agrees on
+    assert 0 <= traffic(model, FP32) - trained_bytes(model) < 1000
+
+
+def test_size_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    photographs = make_photographs(tmp_path / "photographs", 8)
+    run = tmp_path / "run"
+    train.main(
+        [*TINY, f"data.root={photographs}", f"run.dir={run}", "train.steps=2", "train.ema=0.9", "model.width=0.2"]
+    )
+    recipe = recipe_of(run)
+    size = (run / "checkpoints" / "latest").stat().st_size
+    assert size == pytest.approx(checkpoint_bytes(recipe.model, recipe.train), rel=0.05)
