@@ -92,10 +92,8 @@ def _steps(recipe: Recipe, cluster: Cluster, local: int, together: int) -> dict[
         "epochs": f"{seen / cluster.images:.3g} ({seen:,} crops of {cluster.images:,} photographs)",
     }
     if cluster.throughput:
-        hours = seen / cluster.throughput / 3600
-        lines["time"] = (
-            f"{hours:,.1f} hours at {cluster.throughput:,.0f} images/s: {hours * cluster.gpus:,.0f} GPU hours"
-        )
+        hours, rate = seen / cluster.throughput / 3600, f"{cluster.throughput:,.0f} images/s"
+        lines["time"] = f"{hours:,.1f} hours at {rate}: {hours * cluster.gpus:,.0f} GPU hours"
     else:
         lines["time"] = "not known: give --throughput as measured"
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ SMALL = ["model.width=0.1", "model.encoder=scratch", "data.crop=32"]
 
 def lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
     plan.main([*arguments, *SMALL])
-    found = (line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  "))
-    return {words[0]: words[1] for words in found}
+    found = (line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  "))
+    return dict(re.split(r"  +", line, maxsplit=1) for line in found)
 
 
 def test_numbers_follow_from_what_was_asked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -26,9 +27,9 @@ def test_numbers_follow_from_what_was_asked(capsys: pytest.CaptureFixture[str], 
     assert told["steps"] == "1,000 of 4,096 photographs: 64 per GPU, 16 at a time"
     assert told["epochs"] == "4.1 (4,096,000 crops of 1,000,000 photographs)"
     assert told["time"] == "0.1 hours at 20,480 images/s: 4 GPU hours"
-    assert told["data"] == "set  110 GB at 110 kB a photograph"
+    assert told["data set"] == "110 GB at 110 kB a photograph"
     assert told["storage"] == "20,480 files and 2.25 GB per second"
-    assert told["in"].startswith("all   10 of them, one every 100 steps or 0.3 minutes")
+    assert told["in all"].startswith("10 of them, one every 100 steps or 0.3 minutes")
 
 
 def test_without_a_throughput_no_hours_are_made_up(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
