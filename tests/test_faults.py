@@ -114,8 +114,6 @@ class Cut:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.at, self.signal = 0, 0, signal.SIGTERM
-        for number in StopFlag.SIGNALS:  # the last collective of a run comes after its StopFlag has gone
-            signal.signal(number, signal.SIG_IGN)
         genuine = World._reduce
 
         def counted(world: World, tensor: torch.Tensor, operation: Any) -> torch.Tensor:
@@ -128,6 +126,8 @@ class Cut:
 
     def after(self, collectives: int, number: signal.Signals) -> None:
         self.count, self.at, self.signal = 0, collectives, number
+        for each in StopFlag.SIGNALS:  # the last collective of a run comes after its StopFlag has gone
+            signal.signal(each, signal.SIG_IGN)
 
 
 def cut_and_resume(
