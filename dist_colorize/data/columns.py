@@ -24,7 +24,7 @@ from dist_colorize.errors import UserError
 
 VERSION = 1
 
-_DTYPES = {
+DTYPES = {
     "names": np.uint8,
     "name_ends": np.int64,
     "shard": np.int32,
@@ -90,7 +90,7 @@ class Photographs:
         if (start, stop) == (0, len(self)):
             return self
         part = slice(start, stop)
-        columns = {name: getattr(self, name)[part] for name in _DTYPES if name not in ("names", "name_ends")}
+        columns = {name: getattr(self, name)[part] for name in DTYPES if name not in ("names", "name_ends")}
         fingerprint = sha256(f"{self.fingerprint} rows {start}:{stop}".encode()).hexdigest()
         ends = self.name_ends[start : stop + 1]
         return dataclasses.replace(self, fingerprint=fingerprint, name_ends=ends, **columns)
@@ -121,11 +121,11 @@ def write_columns(folder: Path, root: str, shards: list[str], rows: list[tuple[C
         "key": key[order],
     }
     for column, owner in {"shard": 0, "offset": 0, "length": 0, "width": 1, "height": 1, "format": 1}.items():
-        columns[column] = np.array([getattr(rows[i][owner], column) for i in order], dtype=_DTYPES[column])
+        columns[column] = np.array([getattr(rows[i][owner], column) for i in order], dtype=DTYPES[column])
     digest = sha256()
     for column in ("names", "name_ends", "length", "width", "height"):
         digest.update(columns[column].astype(columns[column].dtype.newbyteorder("<")).tobytes())
-    for column, dtype in _DTYPES.items():
+    for column, dtype in DTYPES.items():
         np.save(folder / f"{column}.npy", columns[column].astype(dtype))
     return {"version": VERSION, "root": root, "fingerprint": digest.hexdigest(), "shards": shards, "usable": len(rows)}
 
@@ -134,7 +134,7 @@ def open_index(folder: Path) -> Photographs:
     """The index that a folder holds, memory-mapped. UserError when it holds none, or one of another version."""
     try:
         about = describe(folder)
-        columns = {name: _map(folder / f"{name}.npy") for name in _DTYPES}
+        columns = {name: _map(folder / f"{name}.npy") for name in DTYPES}
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder}: not an index, or a damaged one ({error}); "

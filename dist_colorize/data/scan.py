@@ -101,7 +101,7 @@ def scan(root: Path, skip: Path | None, stop: Callable[[], bool]) -> Scan:
     return found
 
 
-def read_part(path: Path, offset: int, count: int, whole: bool) -> bytes:
+def read_part(path: Path | str, offset: int, count: int, whole: bool) -> bytes:
     """`count` bytes of a regular file from `offset`; `whole` says that they must be all of it. OSError when not."""
     # O_NONBLOCK: a file that has become a named pipe since it was listed must not stop us here.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -192,7 +192,7 @@ MAX_BYTES = 1 << 31
 
 def read_candidate(root: Path, shards: list[str], candidate: Candidate) -> bytes:
     """The bytes of a candidate; Rejected when they cannot be had."""
-    path = root / (shards[candidate.shard] if candidate.shard >= 0 else candidate.name)
+    path = f"{root}/{shards[candidate.shard] if candidate.shard >= 0 else candidate.name}"
     if candidate.length > MAX_BYTES:
         raise Rejected("too large: more than 2 GiB")
     try:
