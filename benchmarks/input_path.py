@@ -60,7 +60,7 @@ from dist_colorize.data.config import DataConfig
 from dist_colorize.data.finish import LINEAR, finish, lab_of_row
 from dist_colorize.data.loader import Loader, evaluation_batches
 from dist_colorize.data.order import Order
-from dist_colorize.data.plan import Plan, training_plan
+from dist_colorize.data.plan import Plan, training_plans
 from dist_colorize.distributed import DistributedConfig, StopFlag, session
 
 BATCH = 16
@@ -68,6 +68,8 @@ CORES = 2
 SIZE = DataConfig.crop
 GAMUT = Gamut()
 PHOTOGRAPHS = 256
+BATCHES = 64
+"""The work of the peers, again and again; ours goes on in the stream."""
 AHEAD = 8
 """Batches taken before the clock starts, more than any contestant makes ahead."""
 
@@ -129,17 +131,18 @@ def make_photographs(folder: Path, short_side: int | None) -> Photographs:
     return open_index(build_index(folder, 32, folder.parent / "index"))
 
 
-def plan_of(photographs: Photographs, step: int) -> Plan:
+def plans_of(photographs: Photographs) -> Iterator[Plan]:
     order = Order(len(photographs), photographs.fingerprint, 0)
-    return training_plan(photographs, DataConfig(), order, np.arange(step * BATCH, (step + 1) * BATCH, dtype=np.uint64))
+    # [BATCHES * BATCH] -> [BATCHES, BATCH]
+    positions = np.arange(BATCHES * BATCH, dtype=np.uint64).reshape(BATCHES, BATCH)
+    return training_plans(photographs, DataConfig(), order, positions)
 
 
 Task = tuple[str, tuple[int, int, int, int], bool]
 """Path, (x, y, width, height), mirrored."""
 
 
-def tasks(photographs: Photographs, step: int) -> list[Task]:
-    plan = plan_of(photographs, step)
+def tasks(photographs: Photographs, plan: Plan) -> list[Task]:
     x, y, width, height, flip = (column.tolist() for column in plan.crops)
     paths = [f"{photographs.root}/{photographs.name(row)}" for row in plan.row]
     return list(zip(paths, zip(x, y, width, height, strict=True), flip, strict=True))
@@ -149,7 +152,7 @@ def tasks(photographs: Photographs, step: int) -> list[Task]:
 
 
 def streams(photographs: Photographs) -> dict[str, Callable[[], Stream]]:
-    work = [tasks(photographs, step) for step in range(64)]
+    work = [tasks(photographs, plan) for plan in plans_of(photographs)]
     return {
         "ours": partial(ours, photographs),
         SLOW[0]: partial(in_processes, work, with_pillow),
@@ -172,7 +175,6 @@ def ours(photographs: Photographs) -> Stream:
 
 
 def decoding_alone(photographs: Photographs) -> Stream:
-    plans = [plan_of(photographs, step) for step in range(64)]
     encoded = {row: np.frombuffer(photographs.read(row), np.uint8) for row in range(len(photographs))}
     batches = cycle(
         (
@@ -181,7 +183,7 @@ def decoding_alone(photographs: Photographs) -> Stream:
             np.stack([plan.crops.height, plan.crops.width], axis=1),
             plan.crops.flip.astype(np.int32),
         )
-        for plan in plans
+        for plan in plans_of(photographs)
     )
     dali = pipeline.build(lambda: next(batches), BATCH, SIZE, CORES, "cpu", None, whole=False)
     nothing = torch.empty(0)

@@ -33,7 +33,7 @@ from dist_colorize.data import pipeline
 from dist_colorize.data.columns import Photographs
 from dist_colorize.data.config import DataConfig
 from dist_colorize.data.order import Order
-from dist_colorize.data.plan import PADDING, Plan, evaluation_plan, training_plan
+from dist_colorize.data.plan import PADDING, Plan, evaluation_plan, training_plans
 from dist_colorize.data.prefetch import Prefetch
 from dist_colorize.distributed import World, usable_cores
 from dist_colorize.errors import RunFailed, UserError
@@ -42,7 +42,8 @@ ATTEMPTS = 32
 """Substitutes tried for one slot. So many failures in a row mean that the data have gone, not that a file is bad."""
 READERS = 8
 """Threads that read files at the same time: on network file systems most of the time is waiting."""
-
+DRAWN = 32
+"""Steps whose samples and crops are drawn at a time."""
 
 _log = logging.getLogger(__name__)
 
@@ -93,15 +94,15 @@ class Loader:
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The endless training stream from the batch of `start_step` on."""
-        plans = (self._plan(step) for step in count(start_step))
-        ahead = Prefetch(self._decoder.run(plans, self._batch), self._config.prefetch)
+        ahead = Prefetch(self._decoder.run(self._plans(start_step), self._batch), self._config.prefetch)
         self._running.append(ahead)
         return _on_current_stream(ahead)
 
     def first(self, number: int) -> Batch:
         """The crops at positions 0 .. number - 1 of the stream, the same on every rank."""
-        plan = training_plan(self._photographs, self._config, self._order, np.arange(number, dtype=np.uint64))
-        return next(_on_current_stream(self._decoder.run(iter([plan]), number)))
+        positions = np.arange(number, dtype=np.uint64)[None]
+        plans = training_plans(self._photographs, self._config, self._order, positions)
+        return next(_on_current_stream(self._decoder.run(plans, number)))
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -116,10 +117,12 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _plan(self, step: int) -> Plan:
-        start = (step * self._world.size + self._world.rank) * self._batch
-        positions = np.arange(start, start + self._batch, dtype=np.uint64)
-        return training_plan(self._photographs, self._config, self._order, positions)
+    def _plans(self, start_step: int) -> Iterator[Plan]:
+        for step in count(start_step, DRAWN):
+            # [DRAWN, 1] and [B] -> [DRAWN, B]
+            starts = (np.arange(step, step + DRAWN)[:, None] * self._world.size + self._world.rank) * self._batch
+            positions = (starts + np.arange(self._batch)).astype(np.uint64)
+            yield from training_plans(self._photographs, self._config, self._order, positions)
 
 
 def evaluation_batches(

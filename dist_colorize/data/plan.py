@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,25 +27,37 @@ class Plan:
     """substitute(slot, attempt): put something else into a slot, the first time with attempt 1."""
 
 
-def training_plan(photographs: Photographs, config: DataConfig, order: Order, positions: NDArray[np.uint64]) -> Plan:
-    """What the order puts at these positions of the stream: a random crop each.
+def training_plans(
+    photographs: Photographs, config: DataConfig, order: Order, positions: NDArray[np.uint64]
+) -> Iterator[Plan]:
+    """What the order puts at these positions of the stream ([batches, B]): a random crop each.
 
     What cannot be read is replaced by another photograph, which depends on the position and the attempt alone.
     """
-    sample, uniforms = order.draw(positions)
+    # [batches, B] -> [batches * B]: drawn together, as for one batch numpy's calls would take longer than their work
+    samples, uniforms = order.draw(positions.ravel())
 
     def crop(rows: NDArray[np.int64], u: NDArray[np.float64]) -> Crops:
         width, height = photographs.width[rows], photographs.height[rows]
         return random_resized_crop(u, width, height, config.scale, config.ratio, config.flip)
 
-    def substitute(slot: int, attempt: int) -> None:
-        plan.row[slot] = order.substitute(int(positions[slot]), attempt)
-        one = slice(slot, slot + 1)
-        for column, value in zip(plan.crops, crop(plan.row[one], uniforms[one]), strict=True):
-            column[one] = value
+    crops = crop(samples, uniforms)
 
-    plan = Plan(sample, crop(sample, uniforms), np.ones(len(sample), dtype=np.float32), substitute)
-    return plan
+    def batch(start: int, size: int) -> Plan:
+        part = slice(start, start + size)
+
+        def substitute(slot: int, attempt: int) -> None:
+            plan.row[slot] = order.substitute(int(positions.flat[start + slot]), attempt)
+            one = slice(slot, slot + 1)
+            for column, value in zip(plan.crops, crop(plan.row[one], uniforms[part][one]), strict=True):
+                column[one] = value
+
+        weight = np.ones(size, dtype=np.float32)
+        plan = Plan(samples[part], Crops._make(column[part] for column in crops), weight, substitute)
+        return plan
+
+    number, size = positions.shape
+    return (batch(start, size) for start in range(0, number * size, size))
 
 
 def evaluation_plan(photographs: Photographs, rows: NDArray[np.int64]) -> Plan:
