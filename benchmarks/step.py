@@ -4,8 +4,8 @@
     python -m benchmarks.step --batch 8 --rounds 9
 
 The peer is what one writes first: torchvision's VGG16-BN with its BatchNorms in place, NCHW, all logits,
-F.cross_entropy and Adam. Both have the same weights, labels and decoder, so their losses must agree, step for step. bf16 is measured
-where the processor multiplies bf16 matrices itself; elsewhere it is emulated, hundreds of times slower.
+F.cross_entropy and Adam. Both have the same weights, labels and decoder, so their losses must agree, step for step.
+bf16 is measured where the processor multiplies bf16 matrices itself; elsewhere it is emulated, far slower than fp32.
 """
 
 from __future__ import annotations
