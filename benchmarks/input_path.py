@@ -52,6 +52,7 @@ from torchvision.transforms.v2 import functional as transforms
 from benchmarks import harness
 from benchmarks.harness import Times, machine, table, verdict
 from dist_colorize.color.gamut import Gamut
+from dist_colorize.color.rebalance import LossConfig, class_weights, count_cells, prior
 from dist_colorize.data import histogram, pipeline
 from dist_colorize.data.catalog import build_index
 from dist_colorize.data.columns import Photographs, open_index
@@ -104,9 +105,11 @@ def main() -> int:
             times[name] = take_turns(contestants)
             print(f"\n{name}\n\n{speeds(times[name], differences, goals)}")
             counts[name] = counting(photographs)
+            errors = sampling_error(photographs)
     print(f"\nLab of the same 8-bit images, against scikit-image in double precision\n\n{accuracy()}")
     print(f"\nWhere our time goes\n\n{parts(times)}")
     print(f"\nThe class histogram's pass\n\n{histogram_speeds(counts)}")
+    print(f"\nClass weights from a share of the photographs\n\n{errors}")
     return 0
 
 
@@ -374,6 +377,28 @@ def histogram_speeds(counts: dict[str, Times]) -> str:
         share = 100 * of.ratio("counted", "made")
         rows.append([name, PHOTOGRAPHS / of.of("counted"), PHOTOGRAPHS / of.of("made"), share, verdict(share, 90)])
     return table(["", "counted, images/s", "only made, images/s", "share, %", "goal"], rows)
+
+
+def sampling_error(photographs: Photographs) -> str:
+    """Class weights from n photographs, drawn with replacement, against those from all: photographs count as wholes, as
+    the pixels of one are no independent draws."""
+    config, share = DataConfig(threads=CORES), LossConfig()
+    each = [
+        prior(count_cells(ab[None]), share)
+        for batch in evaluation_batches(photographs, config, one_rank(), BATCH)
+        for ab in batch.ab
+    ]
+    shares = torch.stack(each).numpy()
+    generator, rows = np.random.default_rng(0), []
+    truth = class_weights(torch.from_numpy(shares.mean(axis=0)), share.rebalance).numpy()
+    for number in (100, 1000, 10_000, 100_000):
+        drawn = generator.multinomial(number, np.full(len(shares), 1 / len(shares)), size=200) / number
+        weights = [class_weights(torch.from_numpy(p), share.rebalance).numpy() for p in drawn @ shares]
+        error = 100 * np.abs(np.stack(weights) / truth - 1)
+        # of the classes that have a pixel among ten thousand; the others' weights hardly move
+        seen = shares.mean(axis=0) > 1e-4
+        rows.append([f"{number:,}", *np.quantile(error[:, seen], (0.5, 0.95)).tolist(), float(error.max())])
+    return table(["photographs counted", "error of a weight, %: median", "95th percentile", "worst class"], rows)
 
 
 if __name__ == "__main__":
