@@ -110,9 +110,14 @@ class Meter:
         """One step is done, with this many images on all ranks together."""
         self._images += images
 
+    @property
+    def data_wait(self) -> float:
+        """Share of the time since the last reading that was spent waiting for data, 0..1."""
+        return self._waited / max(time.monotonic() - self._start, 1e-9)
+
     def read(self) -> dict[str, float]:
-        """`images_per_second` over all ranks and `data_wait`, 0..1, since the last reading."""
+        """`images_per_second` over all ranks and `data_wait` since the last reading."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
-        values = {"images_per_second": self._images / elapsed, "data_wait": self._waited / elapsed}
+        values = {"images_per_second": self._images / elapsed, "data_wait": self.data_wait}
         self.restart()
         return values

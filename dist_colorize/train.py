@@ -122,7 +122,7 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
                 step += 1
                 run.alive(step)
                 meter.count(settings.global_batch)
-                progress.update(settings.global_batch, loss=loss)
+                progress.update(settings.global_batch, loss=loss, data_wait=meter.data_wait)
                 if step % settings.log_every == 0 or step in (1, settings.steps):
                     skipped, in_a_row = optimisation.skipped.tolist()
                     replaced = replacements.share(step, loader.replaced + unusable)
