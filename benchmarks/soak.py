@@ -83,6 +83,7 @@ class Soak:
             ended_by = self.inject(self.random.choice(self.deadly()))
             self.wait_for_the_end()
             done = self.steps_done()
+        self.train_for(seconds / 4)
         self.stop()
         return self.report(time.monotonic() - began)
 
@@ -291,14 +292,15 @@ class Soak:
         lives: dict[int, list[dict[str, Any]]] = {}
         for line in self.usage():
             lives.setdefault(line["pid"], []).append(line)
-        growth, files, longest = [], [], 0.0
+        growth, files = [], []
         for lines in lives.values():
             lines.sort(key=lambda line: line["time"])
             settled = [line for line in lines if line["time"] - lines[0]["time"] > SETTLED]
-            longest = max(longest, lines[-1]["time"] - lines[0]["time"])
             if len(settled) > 1:
                 growth.append(settled[-1]["rss_mib"] - settled[0]["rss_mib"])
                 files.append(settled[-1]["files"] - settled[0]["files"])
+        last = max((lines for lines in lives.values() if lines[0]["rank"] == 0), key=lambda lines: lines[-1]["time"])
+        quarters = [last[i * (len(last) - 1) // 4] for i in range(5)]
         stalls = [
             line["save_stall"]
             for line in map(json.loads, (self.folder / "run" / "metrics.jsonl").read_text().splitlines())
@@ -320,7 +322,12 @@ class Soak:
             "photographs_replaced": text.count("another photograph takes its place"),
             "aborts": text.count("SIGABRT"),
             "processes": len(lives),
-            "longest_life_minutes": round(longest / 60, 1),
+            "last_life": {
+                "minutes": round((last[-1]["time"] - last[0]["time"]) / 60, 1),
+                "steps": last[-1]["step"] - last[0]["step"],
+                "memory_mib_at_each_quarter": [line["rss_mib"] for line in quarters],
+                "open_files_at_each_quarter": [line["files"] for line in quarters],
+            },
             "memory_growth_mib_per_life": {"median": median(growth), "most": max(growth, default=None)},
             "open_files_growth_per_life": {"median": median(files), "most": max(files, default=None)},
             "save_stall_seconds": {"median": median(stalls), "most": max(stalls, default=None), "saves": len(stalls)},
