@@ -26,11 +26,12 @@ from torchvision.models import vgg16_bn
 
 from benchmarks.harness import ROUNDS, Times, forget_peak, machine, resident, table, take_turns, verdict
 from dist_colorize.color.gamut import Gamut
-from dist_colorize.distributed import DistributedConfig, cpu_has_bf16, session
+from dist_colorize.data import DataConfig, Loader, Order, open_photographs
+from dist_colorize.distributed import DistributedConfig, StopFlag, cpu_has_bf16, session
 from dist_colorize.models import METHODS, ModelConfig, TrainingModule, build
 from dist_colorize.models.network import OUTPUT_STRIDE, Network
 from dist_colorize.optimisation import Optimisation, TrainConfig
-from dist_colorize.profiling import RANGES
+from dist_colorize.profiling import RANGES, span
 
 SIZE = 224
 WARMUP = 3
@@ -113,13 +114,16 @@ def plain_step(images: int, precision: Precision) -> Step:
 
 
 def our_step(images: int, precision: Precision) -> Step:
-    """The step of dist_colorize.train, DDP and checks for non-finite gradients included."""
-    settings = TrainConfig(global_batch=images, lr=1e-4, warmup=0, schedule="constant", clip=None, precision=precision)
-    module = TrainingModule(ours(), METHODS["final"](class_weights()))
-    optimisation = Optimisation(module, settings, WORLD)
+    optimisation = our_optimisation(images, precision)
     lightness, ab = batch(images)
     numbers = iter(range(10**9))
     return lambda: optimisation.step(next(numbers), lightness, ab)
+
+
+def our_optimisation(images: int, precision: Precision) -> Optimisation:
+    """The step of dist_colorize.train, DDP and checks for non-finite gradients included."""
+    settings = TrainConfig(global_batch=images, lr=1e-4, warmup=0, schedule="constant", clip=None, precision=precision)
+    return Optimisation(TrainingModule(ours(), METHODS["final"](class_weights())), settings, WORLD)
 
 
 STEPS = {"plain": plain_step, "ours": our_step}
@@ -151,7 +155,7 @@ def main() -> None:
     print(table(["step", "images/s", "x plain fp32", "peak beyond weights, MiB"], rows))
     judge(times, peaks, precisions)
     for precision in precisions:
-        parts(precision, steps[f"ours {precision}"], arguments.batch)
+        parts(precision, arguments.batch)
 
 
 def judge(times: Times, peaks: dict[str, float], precisions: list[Precision]) -> None:
@@ -194,18 +198,31 @@ def memory(who: str, precision: Precision, images: int) -> int:
     return resident("VmHWM") - before
 
 
-def parts(precision: Precision, step: Step, images: int) -> None:
-    """Time and FLOP/s of each range of our step, against what a large matrix product reaches now."""
-    with profile(activities=[ProfilerActivity.CPU]) as recorder:
-        for _ in range(WARMUP):
-            step()
+def parts(precision: Precision, images: int) -> None:
+    """Time and FLOP/s of each range of a training on photographs, against what a large matrix product reaches now."""
+    config = DataConfig(crop=SIZE)
+    with StopFlag() as stop:
+        photographs, _ = open_photographs(config, WORLD, stop)
+    order = Order(len(photographs), photographs.fingerprint, seed=0)
+    optimisation = our_optimisation(images, precision)
+    with Loader(photographs, config, order, WORLD, images) as loader:
+        batches = loader.batches()
+
+        def step(number: int) -> None:
+            with span("data"):
+                crops = next(batches)
+            optimisation.step(number, crops.L, crops.ab)
+
+        for number in range(WARMUP):
+            step(number)
+        with profile(activities=[ProfilerActivity.CPU]) as recorder:
+            for number in range(WARMUP):
+                step(number)
     seconds = {event.key: event.cpu_time_total / 1e6 / WARMUP for event in recorder.key_averages()}
     flops = count_flops(images)
     ceiling = matrix_product(torch.bfloat16 if precision == "bf16" else torch.float32)
     rows = []
     for name in RANGES:
-        if name not in seconds:
-            continue
         work = flops.get(name, 0)
         speed = work / seconds[name] / 1e9
         rows.append([name, seconds[name] * 1000, work / 1e9, *([speed, speed / ceiling] if work else ["-", "-"])])
