@@ -244,7 +244,7 @@ def test_every_method_trains_on_two_ranks_is_cut_off_and_resumes_to_the_bit(
     recipe = ["--config", resource("configs", "methods") / f"{method}.yaml", *small]
 
     def train(run: Path) -> tuple[dict[str, Any], list[float]]:
-        done = torchrun(2, "-m", "dist_colorize.train", *recipe, f"run.dir={run}", env=environment)
+        done = torchrun(2, "-m", "dist_colorize.train", *recipe, f"run.dir={run}", env=environment, timeout=400)
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         state = torch.load(run / "checkpoints" / "step-00000004.pt", weights_only=True)
