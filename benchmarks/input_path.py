@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
+import os
 import random
 import sys
 import tempfile
 import time
 import timeit
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, redirect_stderr
 from functools import partial
@@ -96,18 +98,19 @@ def main() -> int:
     cv2.setNumThreads(1)  # the threads are ours, one photograph each
     print(machine("torch", "torchvision", "nvidia-dali-cuda130", "opencv-python-headless", "numba", "kornia"))
     with tempfile.TemporaryDirectory() as folder:
-        times, counts = {}, {}
+        busy, counts = {}, {}
         for name, (short_side, goals) in SETS.items():
             photographs = make_photographs(Path(folder, name), short_side)
             contestants = streams(photographs)
             ours_first = contestants["ours"]
             differences = {name: difference(contestants[name], ours_first) for name in CONVERSIONS if name != "ours"}
-            times[name] = take_turns(contestants)
-            print(f"\n{name}\n\n{speeds(times[name], differences, goals)}")
+            turns = {peer: partial(stretch_of, contestants[peer], 12 if peer in SLOW else 48) for peer in contestants}
+            times, busy[name] = take_turns(turns)
+            print(f"\n{name}\n\n{speeds(times, busy[name], differences, goals)}")
             counts[name] = counting(photographs)
             errors = sampling_error(photographs)
     print(f"\nLab of the same 8-bit images, against scikit-image in double precision\n\n{accuracy()}")
-    print(f"\nWhere our time goes\n\n{parts(times)}")
+    print(f"\nWhere our time goes\n\n{parts(busy)}")
     print(f"\nThe class histogram's pass\n\n{histogram_speeds(counts)}")
     print(f"\nClass weights from a share of the photographs\n\n{errors}")
     return 0
@@ -292,20 +295,37 @@ def planes(convert: Convert, rgb: RGB, mirrored: bool = False) -> Lab:
 # ------------------------------------------------------------ what is measured
 
 
-def take_turns(contestants: dict[str, Callable[[], Stream]]) -> Times:
-    """Seconds per image, from the AHEAD-th batch on: neither starting nor what lay ready counts."""
+def take_turns(contestants: Mapping[str, Callable[[], tuple[float, float]]]) -> tuple[Times, Times]:
+    """Seconds and processor seconds per image, as the contestants' turns give them."""
     shuffled = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for _ in range(harness.ROUNDS):
         for name in shuffled.sample(list(contestants), len(contestants)):
             gc.collect()
-            steps = 12 if name in SLOW else 48
-            with closing(contestants[name]()) as stream:
-                deque(islice(stream, AHEAD), maxlen=0)
-                start = time.perf_counter()
-                deque(islice(stream, steps), maxlen=0)
-                seconds[name].append((time.perf_counter() - start) / (steps * BATCH))
-    return Times(seconds)
+            turns[name].append(contestants[name]())
+    elapsed, busy = ({name: [turn[clock] for turn in turns[name]] for name in turns} for clock in range(2))
+    return Times(elapsed), Times(busy)
+
+
+def stretch_of(stream: Callable[[], Stream], batches: int) -> tuple[float, float]:
+    """A turn from the AHEAD-th batch on: what lay ready by then does not count."""
+    with closing(stream()) as running:
+        deque(islice(running, AHEAD), maxlen=0)
+        return clocked(lambda: deque(islice(running, batches), maxlen=0), batches * BATCH)
+
+
+def clocked(work: Callable[[], object], images: int) -> tuple[float, float]:
+    start, used = time.perf_counter(), processor_seconds()
+    work()
+    return (time.perf_counter() - start) / images, (processor_seconds() - used) / images
+
+
+def processor_seconds() -> float:
+    """Of this process and its workers; other programs on the machine hardly change it."""
+    workers = [Path(f"/proc/{worker.pid}/stat").read_text() for worker in multiprocessing.active_children()]
+    # after the name, which may hold spaces: state is field 3, user and system time are fields 14 and 15
+    ticks = sum(sum(map(int, text.rpartition(")")[2].split()[11:13])) for text in workers)
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def difference(stream: Callable[[], Stream], reference: Callable[[], Stream]) -> float:
@@ -315,13 +335,15 @@ def difference(stream: Callable[[], Stream], reference: Callable[[], Stream]) ->
     return float((first - other).abs().mean())
 
 
-def speeds(times: Times, differences: dict[str, float], goals: dict[str, float]) -> str:
+def speeds(times: Times, busy: Times, differences: dict[str, float], goals: dict[str, float]) -> str:
     rows = []
     for name in times.seconds:
         ratio = times.ratio("ours", name)
         met = verdict(ratio, goals[name]) if name in goals else ""
-        rows.append([name, 1 / times.of(name), ratio, met, differences.get(name, "")])
-    return table(["", "images/s", "ours is faster by", "goal", "mean Lab difference to ours"], rows)
+        work = [1000 * busy.of(name), busy.ratio("ours", name)]
+        rows.append([name, 1 / times.of(name), ratio, met, *work, differences.get(name, "")])
+    head = ["", "images/s", "ours is faster by", "goal", "processor ms an image", "ours needs less by"]
+    return table([*head, "mean Lab difference to ours"], rows)
 
 
 def accuracy() -> str:
@@ -342,41 +364,43 @@ def labels_of(ab: Tensor) -> Tensor:
     return GAMUT.nearest(F.avg_pool2d(ab, 2))
 
 
-def parts(times: dict[str, Times]) -> str:
-    """Of a processor's time for an image, two of which are busy all the while."""
+def parts(busy: dict[str, Times]) -> str:
     rgb = data.astronaut()[:SIZE, :SIZE].copy()
-    ab = planes(finish, rgb)[1][None]
+    L, ab = torch.zeros(SIZE, SIZE), torch.zeros(1, 2, SIZE, SIZE)
+    into = L.numpy(), ab.numpy()[0]
+    torch.set_num_threads(1)
     lab, finished, labels = (
-        median(timeit.repeat(work, number=50, repeat=9)) / 50 * 1000
-        for work in (lambda: planes(lab_by_numba, rgb), lambda: planes(finish, rgb), lambda: labels_of(ab))
+        1000 * median(timeit.repeat(work, number=50, repeat=9, timer=time.process_time)) / 50
+        for work in (lambda: lab_by_numba(rgb, False, *into), lambda: finish(rgb, False, *into), lambda: labels_of(ab))
     )
     rows = []
-    for name, of in times.items():
-        whole, decoding = (1000 * CORES * of.of(which) for which in ("ours", CEILING))
-        met = verdict(100 * lab / whole, 15, at_most=True)
-        rows.append([name, whole, decoding, finished, lab, 100 * lab / whole, met, labels])
-    head = ["ms an image", "in all", "decoding", "resize, flip, Lab at 224 px", "Lab alone", "its share, %", "goal"]
-    return table([*head, "labels, in the step"], rows)
+    for name, of in busy.items():
+        whole, decoding = (1000 * of.of(which) for which in ("ours", CEILING))
+        share = 100 * lab / whole
+        rows.append([name, whole, decoding, finished, lab, share, verdict(share, 15, at_most=True), labels])
+    head = ["processor ms an image", "in all", "decoding", "resize, flip, Lab at 224 px", "Lab alone", "its share, %"]
+    return table([*head, "goal", "labels, in the step"], rows)
 
 
-def counting(photographs: Photographs) -> Times:
-    """Seconds of the pass that counts colours, and of making the same batches with nothing done to them."""
+def counting(photographs: Photographs) -> tuple[Times, Times]:
+    """The pass that counts colours, and the same batches made with nothing done to them."""
     config, stop = DataConfig(threads=CORES), StopFlag()
     with session(DistributedConfig(device="cpu")) as world, redirect_stderr(StringIO()):
-        return harness.take_turns(
-            {
-                "counted": lambda: histogram._count(photographs, config, world, stop, []),
-                "made": lambda: deque(evaluation_batches(photographs, config, world, histogram.BATCH), maxlen=0),
-            }
-        )
+        ways = {
+            "counted": lambda: histogram._count(photographs, config, world, stop, []),
+            "made": lambda: deque(evaluation_batches(photographs, config, world, histogram.BATCH), maxlen=0),
+        }
+        return take_turns({name: partial(clocked, way, len(photographs)) for name, way in ways.items()})
 
 
-def histogram_speeds(counts: dict[str, Times]) -> str:
+def histogram_speeds(counts: dict[str, tuple[Times, Times]]) -> str:
     rows = []
-    for name, of in counts.items():
-        share = 100 * of.ratio("counted", "made")
-        rows.append([name, PHOTOGRAPHS / of.of("counted"), PHOTOGRAPHS / of.of("made"), share, verdict(share, 90)])
-    return table(["", "counted, images/s", "only made, images/s", "share, %", "goal"], rows)
+    for name, (times, busy) in counts.items():
+        share = 100 * times.ratio("counted", "made")
+        work = (1000 * busy.of(way) for way in ("counted", "made"))
+        rows.append([name, 1 / times.of("counted"), 1 / times.of("made"), share, verdict(share, 90), *work])
+    head = ["", "counted, images/s", "only made, images/s", "share, %", "goal"]
+    return table([*head, "processor ms an image, counted", "made"], rows)
 
 
 def sampling_error(photographs: Photographs) -> str:
