@@ -21,7 +21,7 @@ from dist_colorize.distributed import StopFlag, World
 from dist_colorize.errors import Interrupted
 from dist_colorize.files import replacing
 
-BATCH = 16
+BATCH = 32
 """Photographs per rank between two looks at the stop flag."""
 
 
@@ -36,7 +36,9 @@ def count_colours(
     """Colours of the photographs, each as evaluation shows it, in cells of one ab unit: int64 [CELLS], on the CPU.
 
     The same to the bit at any world size: counts are integers, and every photograph is counted by one rank. `sample`
-    below 1 counts the first share of the rows, which the index keeps in random order. The result is kept in the cache
+    below 1 counts the first share of the rows, which the index keeps in random order: from 10,000 photographs half of the
+    weights are within 0.4 % and 95 % within 2.4 % (benchmarks/input_path.py: drawn with replacement from 256 stretches of
+    eight photographs, classes with a pixel in ten thousand; the error falls with the square root). The result is kept in the cache
     folder under the data's fingerprint, unless a photograph could not be read: `replaced` takes those. A collective;
     raises Interrupted on all ranks when any was asked to stop.
     """
