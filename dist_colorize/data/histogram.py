@@ -35,12 +35,13 @@ def count_colours(
 ) -> Tensor:
     """Colours of the photographs, each as evaluation shows it, in cells of one ab unit: int64 [CELLS], on the CPU.
 
-    The same to the bit at any world size: counts are integers, and every photograph is counted by one rank. `sample`
-    below 1 counts the first share of the rows, which the index keeps in random order: from 10,000 photographs half of the
-    weights are within 0.4 % and 95 % within 2.4 % (benchmarks/input_path.py: drawn with replacement from 256 stretches of
-    eight photographs, classes with a pixel in ten thousand; the error falls with the square root). The result is kept in the cache
-    folder under the data's fingerprint, unless a photograph could not be read: `replaced` takes those. A collective;
-    raises Interrupted on all ranks when any was asked to stop.
+    The same to the bit at any world size: counts are integers, and every photograph is counted by one rank. The result
+    is kept in the cache folder under the data's fingerprint, unless a photograph could not be read: `replaced` takes
+    those. A collective; raises Interrupted on all ranks when any was asked to stop.
+
+    `sample` below 1 counts the first share of the rows, which the index keeps in random order. From 10,000 photographs
+    half of the class weights are within 0.4 % and 95 % within 2.4 % of what all give; the error falls with the square
+    root (benchmarks/input_path.py: drawn from 256 stretches of 8 photographs, classes with a pixel in ten thousand).
     """
     replaced = [] if replaced is None else replaced
     count = max(1, math.ceil(len(photographs) * sample))
