@@ -3,8 +3,8 @@
     python -m benchmarks.start                     # about 2 minutes on 2 cores
     python -m benchmarks.start --files 10000       # with a smaller folder to index
 
-The quickstart is the real command with 2 ranks; an earlier start has left its index and class weights in the cache. It
-is stopped after its first step. The files are small JPEGs, 64 different ones under many names. The large index is made
+The quickstart is the real command with 2 ranks, stopped after its first step: the first time with empty caches, then
+with the index, the class weights and the compiled code that the first start left there. The files are small JPEGs, 64 different ones under many names. The large index is made
 of sparse files: 10^8 rows whose pages are there, but empty.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             *imports(),
-            quickstart(Path(folder, "quickstart")),
+            *quickstart(Path(folder, "quickstart")),
             index(Path(folder, "photographs"), files),
             *large_index(Path(folder, "index")),
             order(),
@@ -69,20 +70,23 @@ def imports() -> list[Row]:
     ]
 
 
-def quickstart(folder: Path) -> Row:
+def quickstart(folder: Path) -> list[Row]:
     folder.mkdir()
-    seconds = [first_step(folder / str(number)) for number in range(4)][1:]  # the first one fills the cache
-    took = median(seconds)
-    return "quickstart, 2 ranks: command to first step, cached index", f"{took:.1f} s", verdict(took, 15, at_most=True)
+    first, *later = (first_step(folder / str(number)) for number in range(4))
+    took = median(later)
+    return [
+        ("quickstart, 2 ranks: command to first step", f"{took:.1f} s", verdict(took, 15, at_most=True)),
+        ("the same with empty caches", f"{first:.1f} s", ""),
+    ]
 
 
 def first_step(run: Path) -> float:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     begin, metrics = time.perf_counter(), run / "metrics.jsonl"
+    caches = {"XDG_CACHE_HOME": f"{run.parent}/cache", "NUMBA_CACHE_DIR": f"{run.parent}/compiled"}
     with (run.parent / f"{run.name}.txt").open("w+") as output:
-        process = subprocess.Popen(
-            [*command, "-m", "dist_colorize.train", f"run.dir={run}"], stdout=output, stderr=output
-        )
+        command += ["-m", "dist_colorize.train", f"run.dir={run}"]
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | caches)
         while not (metrics.exists() and metrics.stat().st_size):
             if process.poll() is not None:
                 raise RuntimeError(f"the quickstart ended: {Path(output.name).read_text()[-2000:]}")
