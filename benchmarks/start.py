@@ -4,8 +4,8 @@
     python -m benchmarks.start --files 10000       # with a smaller folder to index
 
 The quickstart is the real command with 2 ranks, stopped after its first step: the first time with empty caches, then
-with the index, the class weights and the compiled code that the first start left there. The files are small JPEGs, 64 different ones under many names. The large index is made
-of sparse files: 10^8 rows whose pages are there, but empty.
+with the index, the class weights and the compiled code that the first start left there. The files are small JPEGs, 64
+different ones under many names. The large index is made of sparse files: 10^8 rows whose pages are there, but empty.
 """
 
 from __future__ import annotations
