@@ -39,6 +39,9 @@ T = TypeVar("T")
 POLL_SECONDS = 0.2
 """How often ranks that wait for rank 0's work agree on whether to go on."""
 
+LEAVING_SECONDS = 10.0
+"""How long rank 0's work may take to see that it is to stop, before the ranks leave without its result."""
+
 SECOND_SIGNAL_SECONDS = 2.0
 """A signal this long after the first one is a second wish. Launchers repeat one: `scancel` reaches torchrun and its
 ranks alike, and torchrun then tells the ranks again."""
@@ -119,7 +122,8 @@ class World:
         """Rank 0 runs `work` (others may pass None) in a thread; every rank returns its result, which must pickle.
 
         However long it takes, no collective times out. When any rank's `stop` is set, it becomes set on all ranks, so
-        that `work` can see it, rank 0 gives `work` ten seconds to return, and all ranks raise Interrupted.
+        that `work` can see it, rank 0 gives `work` LEAVING_SECONDS to return, and all ranks raise Interrupted. Rank 0's
+        process does not end before `work` has returned.
         An exception of `work` is raised on all ranks: UserError as it is, any other as RuntimeError elsewhere.
         """
         result: Any = None
@@ -135,16 +139,23 @@ class World:
             done.set()
 
         if self.is_leader:
-            threading.Thread(target=run, name="wait_for", daemon=True).start()
+            # No daemon: those are frozen when the interpreter ends, with whatever locks they hold, such as that of a
+            # progress bar, which the interpreter then waits for. As it is, the end waits for the work to return.
+            threading.Thread(target=run, name="wait_for").start()
         while True:
             finished = self.is_leader and done.wait(POLL_SECONDS)  # the others wait in the collective below
             state = torch.tensor([finished, stop is not None and stop.requested], dtype=torch.uint8)
-            self._reduce(state, dist.ReduceOp.MAX)
+            try:
+                self._reduce(state, dist.ReduceOp.MAX)
+            except BaseException:  # a rank has gone: nobody waits for the work any more
+                if stop is not None:
+                    stop.request()
+                raise
             finished, stopping = (bool(s) for s in state.tolist())
             if stopping:  # before a look at the result: work that saw the flag may have returned half of it
                 if stop is not None:
                     stop.request()
-                done.wait(10 if self.is_leader else 0)
+                done.wait(LEAVING_SECONDS if self.is_leader else 0)
                 raise Interrupted("stopped on request")
             if finished:
                 break

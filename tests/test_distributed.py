@@ -19,7 +19,7 @@ from conftest import kill_tree, rank_environment, torchrun_command
 
 from dist_colorize import distributed
 from dist_colorize.distributed import DistributedConfig, StopFlag, default_precision, session, usable_cores
-from dist_colorize.errors import UserError
+from dist_colorize.errors import INTERRUPTED, UserError
 
 PRELUDE = """
 import json, os, signal, sys, time
@@ -103,6 +103,28 @@ def test_ranks_sum_agree_and_share(tmp_path: Path, program: Any, torchrun: Any) 
         assert facts["bug"] == (own if rank == 0 else f"RuntimeError: rank 0 failed: {own}")
         assert facts["requested"] == [rank == 1, True]
         assert facts["stopped"] == "Interrupted: stopped on request"
+
+
+def test_the_process_does_not_end_under_work_that_is_slow_to_stop(tmp_path: Path, program: Any) -> None:
+    """A thread that is frozen by the interpreter's end keeps its locks; a progress bar's destructor waited for one."""
+    args = program("""
+        from dist_colorize import distributed
+        distributed.LEAVING_SECONDS = 0.1
+
+        def slow():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(2)
+            os.environ["RANK"] = "0"
+            note(returned=True)
+
+        def main():
+            with session(DistributedConfig()) as world, StopFlag() as stop:
+                world.wait_for(slow, stop)
+        run_command(main)
+        """)
+    done = subprocess.run([sys.executable, *args], env=rank_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == INTERRUPTED, done.stderr
+    assert notes(tmp_path, 1) == [{"returned": True}]
 
 
 STEPS = """
