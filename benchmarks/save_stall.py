@@ -1,6 +1,6 @@
 """How long training stands still for a checkpoint: the copy of the state, against the whole save.
 
-python benchmarks/save_stall.py                         # configs/final.yaml's network and its optimizer's moments
+python benchmarks/save_stall.py                         # the network at full width, the encoder trained as well
 python benchmarks/save_stall.py --folder /network/disk --repeat 10
 """
 
