@@ -260,6 +260,7 @@ def test_a_warning_during_evaluation(submit: Submit, tmp_path: Path) -> None:
         ("start", "{wait}", 1),  # no module of ours is loaded, no handler set
         ("exit", "import atexit; atexit.register(lambda: exec({wait!r}))", 0),  # registered first, so it runs last
     ],
+    ids=["start", "exit"],
 )
 def test_a_warning_while_python_starts_or_exits(
     submit: Submit, tmp_path: Path, moment: str, code: str, restarts: int
