@@ -254,6 +254,7 @@ def test_a_warning_during_evaluation(submit: Submit, tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in (job.run / "validation.jsonl").read_text().splitlines()] == [2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "code", "restarts"),
     [
@@ -285,6 +286,7 @@ def _arguments(pid: int) -> str:
         return ""
 
 
+@pytest.mark.slow
 def test_the_budget_of_requeues_ends_with_a_last_word(submit: Submit) -> None:
     job = submit("--nodes", "1", "--requeues", "0", "train.steps=100000")
     job.until_steps(2)
