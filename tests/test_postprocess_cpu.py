@@ -13,6 +13,7 @@ from scipy import ndimage
 from skimage.color import lab2rgb
 
 from dist_colorize.color.gamut import bin_centers
+from dist_colorize.postprocess import cpu
 from dist_colorize.postprocess.cpu import TorchBackend, gaussian
 from dist_colorize.postprocess.merge import TILE_WIDTH
 
@@ -71,7 +72,7 @@ def test_decode_in_chunks_and_channels_last_is_the_same(monkeypatch):
     torch.manual_seed(0)
     features, weight, bias = torch.randn(1, 8, 9, 11), torch.randn(313, 8), torch.randn(313)
     whole = BACKEND.decode(features, weight, bias, 0.38)
-    monkeypatch.setattr("dist_colorize.postprocess.cpu.DECODE_CELLS", 7)
+    monkeypatch.setitem(cpu.DECODE_CELLS, "cpu", 7)
     parts = BACKEND.decode(features.to(memory_format=torch.channels_last), weight, bias, 0.38)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, atol=2e-3, rtol=0)
