@@ -55,10 +55,10 @@ from benchmarks import harness
 from benchmarks.harness import Times, machine, table, verdict
 from dist_colorize.color.gamut import Gamut
 from dist_colorize.color.rebalance import LossConfig, class_weights, count_cells, prior
+from dist_colorize.compiled import compiled
 from dist_colorize.data import histogram, pipeline
 from dist_colorize.data.catalog import build_index
 from dist_colorize.data.columns import Photographs, open_index
-from dist_colorize.data.compiled import compiled
 from dist_colorize.data.config import DataConfig
 from dist_colorize.data.finish import LINEAR, finish, lab_of_row
 from dist_colorize.data.loader import Loader, evaluation_batches

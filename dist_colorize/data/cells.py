@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_colorize.color.rebalance import EXTENT
-from dist_colorize.data.compiled import compiled
+from dist_colorize.compiled import compiled
 
 
 @compiled

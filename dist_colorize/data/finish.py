@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_colorize.color.lab import EPSILON, OFFSET, SLOPE, WHITE, XYZ_FROM_RGB, linear_from_srgb
-from dist_colorize.data.compiled import compiled
+from dist_colorize.compiled import compiled
 
 STRIP = 32
 """Rows made at a time: with fewer the short loops cost more than they do, with more the strip leaves the cache."""
