@@ -9,24 +9,19 @@ import os
 import shutil
 import stat
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from dist_colorize.data.columns import VERSION, describe, open_index, write_columns
-from dist_colorize.data.inspect import Facts, Rejected, inspect
-from dist_colorize.data.scan import Candidate, Scan, read_candidate, scan
+from dist_colorize.data.inspect import Facts
+from dist_colorize.data.inspectors import inspect_all
+from dist_colorize.data.scan import Candidate, Scan, scan
 from dist_colorize.errors import Interrupted, UserError
 from dist_colorize.text import printable
-
-_CHUNK = 32  # candidates per task: enough to make a task's own cost disappear
 
 KEPT = 4
 """Earlier indexes of a folder that stay beside the current one, for runs that began with them."""
@@ -109,9 +104,19 @@ def build_index(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         found = scan(root, skip=folder.parent, stop=stop)
-        with tqdm(total=len(found.candidates), unit="file", desc="index", disable=not progress, smoothing=0.05) as bar:
-            rows, rejected = _inspect_all(root, found, min_side, bar.update, stop)
-        rejected = sorted(found.rejected + rejected)
+        rows: list[tuple[Candidate, Facts]] = []
+        rejected = found.rejected
+        with (
+            tqdm(total=len(found.candidates), unit="file", desc="index", disable=not progress, smoothing=0.05) as bar,
+            contextlib.closing(inspect_all(root, found, min_side, stop)) as results,
+        ):
+            for candidate, result in results:
+                if isinstance(result, Facts):
+                    rows.append((candidate, result))
+                else:
+                    rejected.append((candidate.name, result))
+                bar.update()
+        rejected.sort()
         if stop():
             raise Interrupted("while the photographs were indexed; the next start begins again")
         if not rows:
@@ -137,51 +142,6 @@ def rejections(folder: Path) -> Iterator[Rejection]:
         for line in file:
             entry = json.loads(line)
             yield entry["name"], entry["reason"]
-
-
-def _inspect_all(
-    root: Path, found: Scan, min_side: int, advance: Callable[[int], Any], stop: Callable[[], bool]
-) -> tuple[list[tuple[Candidate, Facts]], list[Rejection]]:
-    rows: list[tuple[Candidate, Facts]] = []
-    rejected: list[Rejection] = []
-
-    def work(chunk: list[Candidate]) -> list[tuple[Candidate, Facts | str]]:
-        done: list[tuple[Candidate, Facts | str]] = []
-        for candidate in chunk:
-            if stop():
-                break
-            try:
-                done.append((candidate, inspect(read_candidate(root, found.shards, candidate), min_side)))
-            except Rejected as error:
-                done.append((candidate, str(error)))
-        return done
-
-    def collect(tasks: set[Future[list[tuple[Candidate, Facts | str]]]]) -> None:
-        for task in tasks:
-            results = task.result()
-            advance(len(results))
-            for candidate, result in results:
-                if isinstance(result, str):
-                    rejected.append((candidate.name, result))
-                else:
-                    rows.append((candidate, result))
-
-    # More threads than cores: on network file systems most of the time is waiting for an answer.
-    threads = min(32, 2 * len(os.sched_getaffinity(0)))
-    chunk = max(1, min(_CHUNK, len(found.candidates) // (4 * threads)))
-    Image.init()  # not from several threads at once
-    with ThreadPoolExecutor(threads, thread_name_prefix="index") as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF blocks and on sizes; what matters is an error
-        pending: set[Future[list[tuple[Candidate, Facts | str]]]] = set()
-        for start in range(0, len(found.candidates), chunk):
-            if stop():
-                break
-            if len(pending) >= 2 * threads:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                collect(done)
-            pending.add(pool.submit(work, found.candidates[start : start + chunk]))
-        collect(pending)
-    return rows, rejected
 
 
 @contextlib.contextmanager
