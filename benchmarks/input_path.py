@@ -295,11 +295,13 @@ def planes(convert: Convert, rgb: RGB, mirrored: bool = False) -> Lab:
 # ------------------------------------------------------------ what is measured
 
 
-def take_turns(contestants: Mapping[str, Callable[[], tuple[float, float]]]) -> tuple[Times, Times]:
+def take_turns(
+    contestants: Mapping[str, Callable[[], tuple[float, float]]], rounds: int = harness.ROUNDS
+) -> tuple[Times, Times]:
     """Seconds and processor seconds per image, as the contestants' turns give them."""
     shuffled = random.Random(0)
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
-    for _ in range(harness.ROUNDS):
+    for _ in range(rounds):
         for name in shuffled.sample(list(contestants), len(contestants)):
             gc.collect()
             turns[name].append(contestants[name]())
@@ -390,7 +392,8 @@ def counting(photographs: Photographs) -> tuple[Times, Times]:
             "counted": lambda: histogram._count(photographs, config, world, stop, []),
             "made": lambda: deque(evaluation_batches(photographs, config, world, histogram.BATCH), maxlen=0),
         }
-        return take_turns({name: partial(clocked, way, len(photographs)) for name, way in ways.items()})
+        # a turn is a fifth of a second here: too short for five of them to tell 1 % from 5 %
+        return take_turns({name: partial(clocked, way, len(photographs)) for name, way in ways.items()}, rounds=21)
 
 
 def histogram_speeds(counts: dict[str, tuple[Times, Times]]) -> str:

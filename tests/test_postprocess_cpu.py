@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -13,9 +14,8 @@ from scipy import ndimage
 from skimage.color import lab2rgb
 
 from dist_colorize.color.gamut import bin_centers
-from dist_colorize.postprocess import cpu
+from dist_colorize.postprocess import cpu, expectation
 from dist_colorize.postprocess.cpu import TorchBackend, gaussian
-from dist_colorize.postprocess.merge import TILE_WIDTH
 
 BACKEND = TorchBackend()
 PATIENT = settings(max_examples=60, deadline=None)
@@ -55,6 +55,14 @@ def decode_slowly(features, weight, bias, temperature):
     return ab, confidence
 
 
+@pytest.fixture(params=["machine code", "torch"])
+def way(request, monkeypatch):
+    """decode as it is on a CPU, and as it is on a GPU that torch knows."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu, "expectation_on_cpu", expectation.expectation_in_torch)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("temperature", [0.05, 0.38, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_decode_equals_a_float64_loop(temperature, dtype):
@@ -68,17 +76,20 @@ def test_decode_equals_a_float64_loop(temperature, dtype):
     np.testing.assert_allclose(confidence.numpy(), expected[1], atol=2e-5)
 
 
+@pytest.mark.usefixtures("way")
 def test_decode_in_chunks_and_channels_last_is_the_same(monkeypatch):
     torch.manual_seed(0)
     features, weight, bias = torch.randn(1, 8, 9, 11), torch.randn(313, 8), torch.randn(313)
     whole = BACKEND.decode(features, weight, bias, 0.38)
-    monkeypatch.setitem(cpu.DECODE_CELLS, "cpu", 7)
+    monkeypatch.setattr(expectation, "CPU_CELLS", 7)
+    monkeypatch.setattr(expectation, "GPU_CELLS", 7)
     parts = BACKEND.decode(features.to(memory_format=torch.channels_last), weight, bias, 0.38)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, atol=2e-3, rtol=0)
     assert all(tensor.is_contiguous() for tensor in whole)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_decode_stays_finite_whatever_the_network_says(poison):
     features = torch.randn(1, 4, 3, 3)
@@ -90,6 +101,13 @@ def test_decode_stays_finite_whatever_the_network_says(poison):
         assert torch.isfinite(ab).all()
         assert ((confidence > 0) & (confidence <= 1)).all()
         assert ab.abs().max() <= 110
+
+
+def test_decode_leaves_torchs_threads_alone():
+    before = torch.get_num_threads()
+    BACKEND.decode(torch.randn(1, 64, 80, 80), torch.randn(313, 64), torch.randn(313), 0.38)
+    with ThreadPoolExecutor(1) as pool:
+        assert [torch.get_num_threads(), pool.submit(torch.get_num_threads).result()] == [before, before]
 
 
 @PATIENT
@@ -192,7 +210,7 @@ def test_repair_works_inwards_from_the_edge_of_a_large_hole():
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("size", [(1, 1), (5, 700), (97, 33), (20, TILE_WIDTH + 70)])
+@pytest.mark.parametrize("size", [(1, 1), (5, 700), (97, 33), (20, 2100)])
 def test_compose_equals_scikit_image(size, bits):
     torch.manual_seed(1)
     lightness = torch.rand(*size) * 100
@@ -269,8 +287,9 @@ def test_compose_agrees_with_color_lab_where_colours_are_clamped():
     assert ((result - expected).abs() < 0.51).float().mean() > 0.999
 
 
-def test_compose_works_in_inference_mode_in_many_tiles():
-    lightness, ab = torch.rand(64, 3000) * 100, torch.zeros(2, 4, 4)
-    expected = BACKEND.compose(lightness, ab, (64, 3000), 0, 8)
+def test_compose_in_threads_is_the_same_and_works_in_inference_mode():
+    generator = torch.Generator().manual_seed(5)
+    lightness, ab = torch.rand(64, 3000, generator=generator) * 100, torch.randn(2, 4, 4, generator=generator) * 60
+    rows = [BACKEND.compose(lightness[row : row + 1], ab, (64, 3000), row, 8) for row in range(64)]
     with torch.inference_mode():
-        assert (BACKEND.compose(lightness, ab, (64, 3000), 0, 8) == expected).all()
+        assert (BACKEND.compose(lightness, ab, (64, 3000), 0, 8) == torch.cat(rows)).all()

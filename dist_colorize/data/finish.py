@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_colorize.color.lab import EPSILON, OFFSET, SLOPE, WHITE, XYZ_FROM_RGB, linear_from_srgb
+from dist_colorize.color.roots import cube_root
 from dist_colorize.compiled import compiled
 
 STRIP = 32
@@ -35,8 +35,6 @@ LINEAR = linear_from_srgb(torch.arange(256, dtype=torch.float64) / 255).float().
 """What each of the 256 levels stands for, 0..1."""
 _MATRIX = (np.array(XYZ_FROM_RGB) / np.array(WHITE)[:, None]).astype(np.float32)
 """Linear sRGB -> X / Xn, Y / Yn, Z / Zn."""
-_SERIES = tuple(np.float32(prod((3 * k + 2) / (3 * k + 3) for k in range(n))) for n in range(6))
-"""(1 - d)^(-2/3) = 1 + 2/3 d + 5/9 d^2 + ...: the binomial series."""
 _EPSILON, _SLOPE, _OFFSET = np.float32(EPSILON), np.float32(SLOPE), np.float32(OFFSET)
 
 
@@ -144,11 +142,5 @@ def lab_of_row(red: Floats, green: Floats, blue: Floats, L: Floats, a: Floats, b
 @compiled
 def _f(t: np.float32) -> np.float32:
     """CIE's f: the cube root, and a line below _EPSILON."""
-    # The bits of a float, read as an integer, are roughly its logarithm: a third of them gives y = t^(-1/3) within 4 %.
-    # With d = 1 - t y^3, which is at most 0.11, the root is t y^2 (1 - d)^(-2/3).
-    bits = np.int32(np.float32(np.float32(t).view(np.int32)) * np.float32(1 / 3))
-    y = np.int32(np.int32(0x54A23A8C) - bits).view(np.float32)
-    d = np.float32(1) - t * y * (y * y)
-    c = _SERIES
-    root = t * (y * y) * (c[0] + d * (c[1] + d * (c[2] + d * (c[3] + d * (c[4] + d * c[5])))))
+    root = cube_root(t)
     return root if t > _EPSILON else _SLOPE * t + _OFFSET

@@ -1,118 +1,161 @@
-"""Lightness at full resolution + ab at the network's resolution -> sRGB pixels, tile by tile on the CPU.
+"""Lightness at full resolution + ab at the network's resolution -> sRGB pixels, a row at a time, on the CPU.
 
-Equals `lab_to_srgb(L, clamp_to_gamut(L, bilinear(ab)))` of color.lab, reordered for speed: whether a colour lies in the
-gamut is decided in linear light, so the costly power of the sRGB curve is taken once for each channel.
-
-Tiles hold at most TILE pixels and their rows are padded to whole vectors. torch then neither splits an operation among
-threads nor ends it in the scalar tail loop, whose `pow` rounds differently. So a pixel's bits depend on the pixel
-alone: a picture composed in strips equals, to the bit, the picture composed at once. And the tiles fit into the cache.
+Equals `lab_to_srgb(L, clamp_to_gamut(L, bilinear(ab)))` of color.lab, in one pass over memory. Whether a colour lies in
+the gamut is decided in linear light, so the costly power of the sRGB curve is taken once for each channel. Each row is
+made by itself: a picture composed in strips equals, to the bit, the picture composed at once.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_colorize.color import lab
+from dist_colorize.color.roots import srgb_from_linear
+from dist_colorize.compiled import compiled
 from dist_colorize.postprocess.stages import bilinear_taps
 
-TILE = 32768
-"""Pixels in a tile: torch's own limit below which it keeps an elementwise operation on one thread."""
-TILE_WIDTH = 2048
-"""Widest tile: low, wide tiles would interpolate more cells along their rows than they need."""
-VECTOR = 64
-"""Rows of a tile are padded to a multiple of so many pixels; no processor's vectors are longer."""
+WORTH_A_THREAD = 32768
+"""With fewer pixels for each, threads take longer to start than they save."""
 TOLERANCE = 1e-4
 """How far a channel of sRGB (0..1) may leave the gamut before the colour is pulled towards neutral, as in color.lab."""
 
-_LINEAR_FROM_XYZ = torch.linalg.inv(torch.tensor(lab.XYZ_FROM_RGB, dtype=torch.float64))
+_LINEAR_FROM_XYZ = np.linalg.inv(np.array(lab.XYZ_FROM_RGB))
 # Lab's f^-1 gives XYZ relative to white: the white point goes into the matrix.
-_MATRIX: list[list[float]] = (_LINEAR_FROM_XYZ * torch.tensor(lab.WHITE, dtype=torch.float64)).tolist()
-_LOWEST = -TOLERANCE / 12.92
-_HIGHEST = ((1 + TOLERANCE + 0.055) / 1.055) ** 2.4
+_MATRIX = (_LINEAR_FROM_XYZ * np.array(lab.WHITE)).astype(np.float32)
+_LOWEST = np.float32(-TOLERANCE / 12.92)
+_HIGHEST = np.float32(((1 + TOLERANCE + 0.055) / 1.055) ** 2.4)
+_OFFSET, _SLOPE = np.float32(lab.OFFSET), np.float32(lab.SLOPE)
+
+Floats = NDArray[np.float32]
+Taps = tuple[NDArray[np.int64], NDArray[np.int64], Floats]
 
 
 def compose(lightness: Tensor, ab: Tensor, size: tuple[int, int], row0: int, bits: int) -> Tensor:
-    """See stages.Backend.compose: lightness [n, W], ab [2, h, w] -> sRGB [n, W, 3], uint8 or uint16."""
+    """See stages.Backend.compose: lightness [n, W], ab [2, h, w] -> sRGB [n, W, 3], uint8 or uint16; all on the CPU."""
     rows, width = lightness.shape
-    height = size[0]
-    if width != size[1] or not 0 <= row0 <= height - rows or bits not in (8, 16):
+    if width != size[1] or not 0 <= row0 <= size[0] - rows or bits not in (8, 16):
         raise ValueError(f"rows {row0}+{rows} of width {width} with {bits} bits do not fit a picture of {size}")
-    result = torch.empty(rows, width, 3, dtype=torch.uint8 if bits == 8 else torch.uint16, device=lightness.device)
-    on_cpu = lightness.device.type == "cpu"
-    columns = min(-(-width // VECTOR) * VECTOR, TILE_WIDTH) if on_cpu else width
-    step = TILE // columns if on_cpu else rows
-    inference = torch.is_inference_mode_enabled()  # a thread's own setting, which the pool's threads must share
-    tiles = [(top, left) for left in range(0, width, columns) for top in range(0, rows, step)]
+    result = np.empty((rows, width, 3), np.uint8 if bits == 8 else np.uint16)
+    levels, cells = np.ascontiguousarray(lightness.numpy()), np.ascontiguousarray(ab.numpy())
+    upper, lower, down = bilinear_taps(ab.shape[1], size[0], row0, rows)
+    along = bilinear_taps(ab.shape[2], width, 0, width)
+    stretch = max(-(-rows // torch.get_num_threads()), -(-WORTH_A_THREAD // width))
 
-    def fill(tile: tuple[int, int]) -> None:
-        top, left = tile
-        here = (slice(top, top + step), slice(left, left + columns))
-        level = lightness[here]
-        count, used = level.shape
-        padded = level.new_zeros(count, -(-used // VECTOR) * VECTOR)
-        padded[:, :used] = level
-        a, b = _upsample(ab, size, row0 + top, count, left, padded.shape[1])
-        for channel, values in enumerate(_srgb(padded, a, b)):
-            result[here][..., channel] = values.mul_(2**bits - 1).round_()[:, :used].to(result.dtype)
+    def fill(first: int) -> None:
+        part = slice(first, first + stretch)
+        _compose(levels[part], cells, (upper[part], lower[part], down[part]), along, result[part])
 
-    if len(tiles) == 1:
-        fill(tiles[0])
+    if rows <= stretch:
+        fill(0)
     else:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(torch.inference_mode(inference)(fill), tiles))
-    return result
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(fill, range(0, rows, stretch)))
+    return torch.from_numpy(result)
 
 
-def _upsample(ab: Tensor, size: tuple[int, int], top: int, rows: int, left: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Bilinear a and b, each [rows, columns], for the tile at (top, left) of a picture of `size`; ab is [2, h, w]."""
-    vertical = bilinear_taps(ab.shape[1], size[0], top, rows)
-    # Along the rows first, where there are few: a tile of many pixels spans few cells.
-    first, last = vertical[0][0], vertical[1][-1]
-    cells = ab[:, first : last + 1]
-    upper, lower, down = (torch.from_numpy(taps).to(ab.device) for taps in vertical)
-    horizontal = bilinear_taps(ab.shape[2], size[1], left, columns)
-    before, after, along = (torch.from_numpy(taps).to(ab.device) for taps in horizontal)
-    # [2, h', columns]
-    start, end = cells.index_select(2, before), cells.index_select(2, after)
-    lines = start + along * (end - start)
-    # [2, rows, columns]
-    start, end = lines.index_select(1, upper - int(first)), lines.index_select(1, lower - int(first))
-    a, b = (start + down.view(1, -1, 1) * (end - start)).unbind(0)
-    return a, b
+@compiled
+def _compose(level: Floats, ab: Floats, vertical: Taps, horizontal: Taps, out: NDArray[Any]) -> None:
+    """Rows of pixels: level [n, W], ab [2, h, w], taps of n rows and of W columns -> out [n, W, 3]."""
+    upper, lower, down = vertical
+    rows, width = level.shape
+    line = np.empty((2, ab.shape[2]), np.float32)
+    a, b = np.empty(width, np.float32), np.empty(width, np.float32)
+    rgb, few = np.empty((3, width), np.float32), np.empty((3, width), np.float32)
+    inside, place = np.empty(width, np.float32), np.empty(width, np.int64)
+    largest = np.float32(255 if out.itemsize == 1 else 65535)
+    for row in range(rows):
+        for channel in range(2):
+            _mix(ab[channel, upper[row]], ab[channel, lower[row]], down[row], line[channel])
+        _spread(line[0], horizontal, a)
+        _spread(line[1], horizontal, b)
+        _linear(level[row], a, b, rgb[0], rgb[1], rgb[2])
+        count = 0
+        for x in range(width):
+            # written every time and counted where it is outside: no branch to mispredict
+            place[count] = x
+            count += _outside(rgb[0, x], rgb[1, x], rgb[2, x])
+        if count:
+            for n in range(count):
+                few[0, n], few[1, n], few[2, n] = level[row, place[n]], a[place[n]], b[place[n]]
+            _share_inside(few[0, :count], few[1, :count], few[2, :count], inside)
+            for n in range(count):
+                few[1, n] *= inside[n]
+                few[2, n] *= inside[n]
+            _linear(few[0, :count], few[1, :count], few[2, :count], few[0], few[1], few[2])
+            for n in range(count):
+                rgb[0, place[n]], rgb[1, place[n]], rgb[2, place[n]] = few[0, n], few[1, n], few[2, n]
+        for channel in range(3):
+            _levels(rgb[channel], largest)
+            for x in range(width):
+                out[row, x, channel] = np.int32(rgb[channel, x])
 
 
-def _srgb(level: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """L*, a*, b* of any one shape -> sRGB channels in 0..1, colours outside the gamut pulled towards neutral."""
-    linear = _linear(level, a, b)
-    outside = _outside(linear)
-    if outside.any():
-        few = level[outside], a[outside], b[outside]
-        inside, beyond = torch.zeros_like(few[0]), torch.ones_like(few[0])
-        for _ in range(lab.GAMUT_STEPS):
-            middle = (inside + beyond) / 2
-            leaves = _outside(_linear(few[0], few[1] * middle, few[2] * middle))
-            beyond = torch.where(leaves, middle, beyond)
-            inside = torch.where(leaves, inside, middle)
-        for channel, clamped in zip(linear, _linear(few[0], few[1] * inside, few[2] * inside), strict=True):
-            channel[outside] = clamped
-    red, green, blue = (lab.srgb_from_linear(channel).clamp_(0, 1) for channel in linear)
-    return red, green, blue
+@compiled
+def _mix(start: Floats, end: Floats, share: np.float32, out: Floats) -> None:
+    for x in range(len(out)):
+        out[x] = start[x] + share * (end[x] - start[x])
 
 
-def _linear(level: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """L*, a*, b* -> linear sRGB channels, not clipped."""
-    fy = (level + 16) / 116
-    x, y, z = (
-        torch.where(f > 0.2068966, f * f * f, (f - lab.OFFSET) / lab.SLOPE) for f in (fy + a / 500, fy, fy - b / 200)
+@compiled
+def _spread(line: Floats, horizontal: Taps, out: Floats) -> None:
+    before, after, along = horizontal
+    for x in range(len(out)):
+        start = line[before[x]]
+        out[x] = start + along[x] * (line[after[x]] - start)
+
+
+@compiled
+def _linear(level: Floats, a: Floats, b: Floats, red: Floats, green: Floats, blue: Floats) -> None:
+    """L*, a*, b* -> linear sRGB, not clipped; may be written in place."""
+    for n in range(len(level)):
+        red[n], green[n], blue[n] = _linear_of(level[n], a[n], b[n])
+
+
+@compiled
+def _linear_of(level: np.float32, a: np.float32, b: np.float32) -> tuple[np.float32, np.float32, np.float32]:
+    fy = (level + np.float32(16)) * np.float32(1 / 116)
+    x, y, z = _cube(fy + a * np.float32(1 / 500)), _cube(fy), _cube(fy - b * np.float32(1 / 200))
+    return (
+        x * _MATRIX[0, 0] + y * _MATRIX[0, 1] + z * _MATRIX[0, 2],
+        x * _MATRIX[1, 0] + y * _MATRIX[1, 1] + z * _MATRIX[1, 2],
+        x * _MATRIX[2, 0] + y * _MATRIX[2, 1] + z * _MATRIX[2, 2],
     )
-    red, green, blue = (x * row[0] + y * row[1] + z * row[2] for row in _MATRIX)
-    return red, green, blue
 
 
-def _outside(linear: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    red, green, blue = linear
-    low, high = torch.minimum(torch.minimum(red, green), blue), torch.maximum(torch.maximum(red, green), blue)
-    return (low < _LOWEST) | (high > _HIGHEST)
+@compiled
+def _cube(f: np.float32) -> np.float32:
+    """CIE's f^-1. scikit-image branches at f = 0.2068966 = EPSILON ** (1/3)."""
+    return f * f * f if f > np.float32(0.2068966) else (f - _OFFSET) * (np.float32(1) / _SLOPE)
+
+
+@compiled
+def _outside(red: np.float32, green: np.float32, blue: np.float32) -> bool:
+    return bool(min(min(red, green), blue) < _LOWEST) | bool(max(max(red, green), blue) > _HIGHEST)
+
+
+@compiled
+def _share_inside(level: Floats, a: Floats, b: Floats, inside: Floats) -> None:
+    """By how much a and b can be multiplied, at most 1, until sRGB can show the colour: bisection."""
+    inside[:] = 0
+    step = np.float32(1)
+    for _ in range(lab.GAMUT_STEPS):
+        step *= np.float32(0.5)
+        for n in range(len(level)):
+            middle = inside[n] + step
+            red, green, blue = _linear_of(level[n], a[n] * middle, b[n] * middle)
+            # added, not chosen: a store that happens only sometimes is slow
+            inside[n] += np.float32(0) if _outside(red, green, blue) else step
+
+
+@compiled
+def _levels(channel: Floats, largest: np.float32) -> None:
+    """Linear sRGB -> levels 0..largest, in place; half a level is added for the rounding down that follows."""
+    for x in range(len(channel)):
+        value = srgb_from_linear(channel[x])
+        channel[x] = min(max(value, np.float32(0)), np.float32(1)) * largest + np.float32(0.5)

@@ -1,0 +1,108 @@
+"""Cells of features -> colour and confidence: the expectation of the bins' centres under their softmax.
+
+Logits exist for a chunk of cells at a time, which stays in a processor's cache, or small beside a GPU's memory. They
+are exponents of 2: the caller scales the head, so that neither the base nor the temperature needs a pass of its own.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from math import factorial, log
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_colorize.color.gamut import bin_centers
+from dist_colorize.compiled import compiled, compiled_sums
+
+CPU_CELLS, GPU_CELLS = 2048, 65536
+"""Cells in a chunk: their logits take 2.6 MB for each thread, or 80 MB."""
+
+Floats = NDArray[np.float32]
+_A, _B = (np.ascontiguousarray(axis) for axis in bin_centers().astype(np.float32).T)
+_POWER = tuple(np.float32(log(2) ** k / factorial(k)) for k in range(7))
+"""2^f = 1 + f log 2 + (f log 2)^2 / 2 + ...: within 2e-7 for |f| <= 1/2."""
+_ROUNDER = np.float32(3 << 22)
+"""From 2^23 to 2^24 float32 are the integers: a sum with this number is rounded, and its lower bits are the result."""
+_LOWEST = np.float32(-126)
+"""The least exponent of a normal float32."""
+
+
+def expectation_in_torch(cells: Tensor, keys: Tensor, offset: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """cells [n, C], keys float32 [313, C], offset float32 [313] -> ab float32 [n, 2] and confidence float32 [n].
+
+    Exponents cells @ keys.T + offset are clamped to +-limit, NaN to -limit.
+    """
+    ab, confidence = (torch.empty(len(cells), *shape, device=cells.device) for shape in ((2,), ()))
+    # [313, 3]: the columns sum p a, p b and p
+    moments = torch.tensor(np.stack([_A, _B, np.ones_like(_A)], axis=1), device=cells.device)
+    chunks = (tensor.split(GPU_CELLS) for tensor in (cells, ab, confidence))
+    for chunk, ab_here, confidence_here in zip(*chunks, strict=True):
+        x = torch.addmm(offset, chunk.float(), keys.T)
+        x.nan_to_num_(nan=-limit).clamp_(-limit, limit)
+        sums = x.sub_(x.amax(dim=1, keepdim=True)).exp2_() @ moments
+        torch.div(sums[:, :2], sums[:, 2:], out=ab_here)
+        # the likeliest bin has p = 1 before division
+        torch.reciprocal(sums[:, 2], out=confidence_here)
+    return ab, confidence
+
+
+def expectation_on_cpu(cells: Tensor, keys: Tensor, offset: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """The same for tensors on the CPU: in as many threads as torch has, each with chunks of its own."""
+    ab, confidence = torch.empty(len(cells), 2), torch.empty(len(cells))
+    chunks = list(zip(*(tensor.split(CPU_CELLS) for tensor in (cells, ab, confidence)), strict=True))
+    threads = torch.get_num_threads()
+
+    @torch.inference_mode()
+    def work(thread: int) -> None:
+        # written over for each chunk: fresh pages would cost a tenth of the time
+        logits = torch.empty(CPU_CELLS, len(keys))
+        for features, ab_here, confidence_here in chunks[thread::threads]:
+            x = torch.addmm(offset, features.float(), keys.T, out=logits[: len(features)])
+            _expectation(x.numpy(), np.float32(limit), ab_here.numpy(), confidence_here.numpy())
+
+    # Within a thread of ours torch must not start threads: they would wait for each other. Its setting is each thread's
+    # own, but also what later threads begin with; so it is set again.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(work, range(threads)))
+    torch.set_num_threads(threads)
+    return ab, confidence
+
+
+@compiled_sums
+def _expectation(exponents: Floats, limit: np.float32, ab: Floats, confidence: Floats) -> None:
+    """exponents [n, 313], which are overwritten -> ab [n, 2] and confidence [n]."""
+    for cell in range(len(exponents)):
+        x = exponents[cell]
+        largest = -limit
+        for k in range(len(x)):
+            x[k] = _clamped(x[k], limit)
+            largest = max(largest, x[k])
+        total, a, b = np.float32(0), np.float32(0), np.float32(0)
+        for k in range(len(x)):
+            p = _exp2(x[k] - largest)
+            total += p
+            a += p * _A[k]
+            b += p * _B[k]
+        ab[cell, 0], ab[cell, 1] = a / total, b / total
+        confidence[cell] = np.float32(1) / total
+
+
+@compiled
+def _clamped(x: np.float32, limit: np.float32) -> np.float32:
+    # in this order a NaN, which is not above anything, becomes -limit
+    return min(x if x > -limit else -limit, limit)
+
+
+@compiled
+def _exp2(x: np.float32) -> np.float32:
+    """2^x for x <= 0: the nearest whole power goes into the exponent's bits, a polynomial makes the rest."""
+    x = max(x, _LOWEST)
+    shifted = x + _ROUNDER
+    f = x - (shifted - _ROUNDER)
+    c = _POWER
+    p = c[0] + f * (c[1] + f * (c[2] + f * (c[3] + f * (c[4] + f * (c[5] + f * c[6])))))
+    whole = np.float32(shifted).view(np.int32) << np.int32(23)
+    return np.int32(np.float32(p).view(np.int32) + whole).view(np.float32)
