@@ -89,6 +89,24 @@ def test_decode_in_chunks_and_channels_last_is_the_same(monkeypatch):
     assert all(tensor.is_contiguous() for tensor in whole)
 
 
+@pytest.mark.parametrize("poison", [float("nan"), -float("nan"), float("inf"), -float("inf"), 3e30, -3e30])
+def test_exponents_beyond_the_limit_count_as_the_limit(poison):
+    """Both ways against float64: some exponents of some cells, and all of one cell."""
+    torch.manual_seed(2)
+    exponents = torch.randn(5, 313) * 5
+    exponents[0, [3, 200]] = poison
+    exponents[1, :] = poison
+    exponents[2, 0], exponents[2, 1] = 2e30, poison
+    limit = 1e30
+    clamped = exponents.double().nan_to_num(nan=-limit, posinf=limit, neginf=-limit).clamp(-limit, limit)
+    p = torch.softmax((clamped - clamped.amax(dim=1, keepdim=True)) * np.log(2), dim=1)
+    for cell in range(5):
+        for way in (expectation.expectation_on_cpu, expectation.expectation_in_torch):
+            ab, confidence = way(torch.zeros(1, 4), torch.zeros(313, 4), exponents[cell], limit)
+            np.testing.assert_allclose(ab[0].numpy(), p[cell] @ torch.tensor(bin_centers()), atol=2e-4)
+            np.testing.assert_allclose(confidence[0].item(), p[cell].max().item(), rtol=1e-5)
+
+
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_decode_stays_finite_whatever_the_network_says(poison):

@@ -65,35 +65,55 @@ def expectation_on_cpu(cells: Tensor, keys: Tensor, offset: Tensor, limit: float
 
     # Within a thread of ours torch must not start threads: they would wait for each other. Its setting is each thread's
     # own, but also what later threads begin with; so it is set again.
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(work, range(threads)))
-    torch.set_num_threads(threads)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, range(threads)))
+    finally:
+        torch.set_num_threads(threads)
     return ab, confidence
 
 
-@compiled_sums
+@compiled
 def _expectation(exponents: Floats, limit: np.float32, ab: Floats, confidence: Floats) -> None:
-    """exponents [n, 313], which are overwritten -> ab [n, 2] and confidence [n]."""
+    """exponents [n, 313], which may be overwritten -> ab [n, 2] and confidence [n]."""
     for cell in range(len(exponents)):
         x = exponents[cell]
-        largest = -limit
-        for k in range(len(x)):
-            x[k] = _clamped(x[k], limit)
-            largest = max(largest, x[k])
-        total, a, b = np.float32(0), np.float32(0), np.float32(0)
-        for k in range(len(x)):
-            p = _exp2(x[k] - largest)
-            total += p
-            a += p * _A[k]
-            b += p * _B[k]
-        ab[cell, 0], ab[cell, 1] = a / total, b / total
-        confidence[cell] = np.float32(1) / total
+        largest = _largest(x)
+        a, b, total = _sums(x, largest)
+        # the likeliest bin has p = 1 before division: less, or NaN, shows a number that is none
+        if not (total >= 1 and abs(largest) <= limit):
+            for k in range(len(x)):
+                # in this order a NaN, which is not above anything, becomes -limit
+                x[k] = min(x[k] if x[k] > -limit else -limit, limit)
+            a, b, total = _sums(x, _largest(x))
+        ab[cell, 0], ab[cell, 1], confidence[cell] = a / total, b / total, np.float32(1) / total
 
 
 @compiled
-def _clamped(x: np.float32, limit: np.float32) -> np.float32:
-    # in this order a NaN, which is not above anything, becomes -limit
-    return min(x if x > -limit else -limit, limit)
+def _largest(x: Floats) -> np.float32:
+    # Several at a time, which for floats, because of NaN, a compiler may not do.
+    bits, most = x.view(np.int32), np.int32(-(2**31))
+    for k in range(len(x)):
+        most = max(most, _in_order(bits[k]))
+    return np.int32(_in_order(most)).view(np.float32)
+
+
+@compiled
+def _in_order(bits: np.int32) -> np.int32:
+    """A float's bits -> an integer, such that greater floats give greater integers; and back."""
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@compiled_sums
+def _sums(x: Floats, largest: np.float32) -> tuple[np.float32, np.float32, np.float32]:
+    """Sums over the bins of p a, p b and p, with p = 2^(x - largest)."""
+    a, b, total = np.float32(0), np.float32(0), np.float32(0)
+    for k in range(len(x)):
+        p = _exp2(x[k] - largest)
+        a += p * _A[k]
+        b += p * _B[k]
+        total += p
+    return a, b, total
 
 
 @compiled
