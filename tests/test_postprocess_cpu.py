@@ -14,7 +14,7 @@ from scipy import ndimage
 from skimage.color import lab2rgb
 
 from dist_colorize.color.gamut import bin_centers
-from dist_colorize.postprocess import cpu, expectation
+from dist_colorize.postprocess import expectation
 from dist_colorize.postprocess.cpu import TorchBackend, gaussian
 
 BACKEND = TorchBackend()
@@ -59,7 +59,7 @@ def decode_slowly(features, weight, bias, temperature):
 def way(request, monkeypatch):
     """decode as it is on a CPU, and as it is on a GPU that torch knows."""
     if request.param == "torch":
-        monkeypatch.setattr(cpu, "expectation_on_cpu", expectation.expectation_in_torch)
+        monkeypatch.setattr(expectation, "on_cpu", expectation.in_torch)
 
 
 @pytest.mark.usefixtures("way")
@@ -101,7 +101,7 @@ def test_exponents_beyond_the_limit_count_as_the_limit(poison):
     clamped = exponents.double().nan_to_num(nan=-limit, posinf=limit, neginf=-limit).clamp(-limit, limit)
     p = torch.softmax((clamped - clamped.amax(dim=1, keepdim=True)) * np.log(2), dim=1)
     for cell in range(5):
-        for way in (expectation.expectation_on_cpu, expectation.expectation_in_torch):
+        for way in (expectation.on_cpu, expectation.in_torch):
             ab, confidence = way(torch.zeros(1, 4), torch.zeros(313, 4), exponents[cell], limit)
             np.testing.assert_allclose(ab[0].numpy(), p[cell] @ torch.tensor(bin_centers()), atol=2e-4)
             np.testing.assert_allclose(confidence[0].item(), p[cell].max().item(), rtol=1e-5)

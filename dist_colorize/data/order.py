@@ -66,7 +66,7 @@ class Order:
 
     def draw(self, positions: UInt64s) -> Draw:
         """Sample and random numbers at each of n positions ([n], any order, repeats allowed)."""
-        from dist_colorize.data import feistel  # numba is a quarter of a second to import: not before it is needed
+        from dist_colorize.data import feistel  # takes long: numba
 
         positions = np.ascontiguousarray(positions, dtype=np.uint64)
         sample = np.empty(len(positions), dtype=np.int64)

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_colorize.postprocess import merge
-from dist_colorize.postprocess.expectation import expectation_in_torch, expectation_on_cpu
 from dist_colorize.postprocess.stages import LOGIT_LIMIT, gaussian_taps
 
 
@@ -23,13 +21,15 @@ class TorchBackend:
         self.device = torch.device(device)
 
     def decode(self, features: Tensor, weight: Tensor, bias: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        from dist_colorize.postprocess import expectation  # takes long: numba
+
         batch, channels, height, width = features.shape
         # [B, C, h, w] -> [B, h, w, C] -> [B*h*w, C]: one row a cell
         cells = features.movedim(1, -1).reshape(-1, channels)
         # softmax(x / T) in powers of 2, which are quicker than those of e
         scale = math.log2(math.e) / temperature
-        expectation = expectation_on_cpu if self.device.type == "cpu" else expectation_in_torch
-        ab, confidence = expectation(cells, weight.float() * scale, bias.float() * scale, LOGIT_LIMIT * scale)
+        take = expectation.on_cpu if self.device.type == "cpu" else expectation.in_torch
+        ab, confidence = take(cells, weight.float() * scale, bias.float() * scale, LOGIT_LIMIT * scale)
         # [B*h*w, 2] -> [B, h, w, 2] -> [B, 2, h, w]
         ab = ab.view(batch, height, width, 2).movedim(-1, 1).contiguous()
         return ab, confidence.view(batch, height, width)
@@ -88,6 +88,8 @@ class TorchBackend:
         return current
 
     def compose(self, lightness: Tensor, ab: Tensor, size: tuple[int, int], row0: int, bits: int) -> Tensor:
+        from dist_colorize.postprocess import merge
+
         # whatever the device: finished pixels are on their way to the host
         pixels = merge.compose(lightness.cpu(), ab.cpu(), size, row0, bits)
         return pixels.to(lightness.device)

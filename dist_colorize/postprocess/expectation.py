@@ -7,37 +7,40 @@ are exponents of 2: the caller scales the head, so that neither the base nor the
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from math import factorial, log
 
 import numpy as np
 import torch
+from numpy.polynomial import Chebyshev, Polynomial
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_colorize.color.gamut import bin_centers
+from dist_colorize.color.gamut import BINS, bin_centers
 from dist_colorize.compiled import compiled, compiled_sums
 
 CPU_CELLS, GPU_CELLS = 2048, 65536
 """Cells in a chunk: their logits take 2.6 MB for each thread, or 80 MB."""
 
+WIDTH = 320
+"""Room for a cell's 313 exponents: a multiple of every vector's length, and -infinity beyond the bins."""
+
 Floats = NDArray[np.float32]
-_A, _B = (np.ascontiguousarray(axis) for axis in bin_centers().astype(np.float32).T)
-_POWER = tuple(np.float32(log(2) ** k / factorial(k)) for k in range(7))
-"""2^f = 1 + f log 2 + (f log 2)^2 / 2 + ...: within 2e-7 for |f| <= 1/2."""
+_A, _B = (np.pad(axis, (0, WIDTH - BINS)).astype(np.float32) for axis in bin_centers().T)
+_POWER = tuple(np.float32(c) for c in Chebyshev.interpolate(np.exp2, 5, [-0.5, 0.5]).convert(kind=Polynomial).coef)
+"""Coefficients of 2^f for |f| <= 1/2, within 2e-7 of it."""
 _ROUNDER = np.float32(3 << 22)
 """From 2^23 to 2^24 float32 are the integers: a sum with this number is rounded, and its lower bits are the result."""
 _LOWEST = np.float32(-126)
 """The least exponent of a normal float32."""
 
 
-def expectation_in_torch(cells: Tensor, keys: Tensor, offset: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+def in_torch(cells: Tensor, keys: Tensor, offset: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     """cells [n, C], keys float32 [313, C], offset float32 [313] -> ab float32 [n, 2] and confidence float32 [n].
 
     Exponents cells @ keys.T + offset are clamped to +-limit, NaN to -limit.
     """
     ab, confidence = (torch.empty(len(cells), *shape, device=cells.device) for shape in ((2,), ()))
     # [313, 3]: the columns sum p a, p b and p
-    moments = torch.tensor(np.stack([_A, _B, np.ones_like(_A)], axis=1), device=cells.device)
+    moments = torch.tensor(np.stack([_A, _B, np.ones_like(_A)], axis=1)[:BINS], device=cells.device)
     chunks = (tensor.split(GPU_CELLS) for tensor in (cells, ab, confidence))
     for chunk, ab_here, confidence_here in zip(*chunks, strict=True):
         x = torch.addmm(offset, chunk.float(), keys.T)
@@ -49,7 +52,7 @@ def expectation_in_torch(cells: Tensor, keys: Tensor, offset: Tensor, limit: flo
     return ab, confidence
 
 
-def expectation_on_cpu(cells: Tensor, keys: Tensor, offset: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+def on_cpu(cells: Tensor, keys: Tensor, offset: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     """The same for tensors on the CPU: in as many threads as torch has, each with chunks of its own."""
     ab, confidence = torch.empty(len(cells), 2), torch.empty(len(cells))
     chunks = list(zip(*(tensor.split(CPU_CELLS) for tensor in (cells, ab, confidence)), strict=True))
@@ -58,10 +61,11 @@ def expectation_on_cpu(cells: Tensor, keys: Tensor, offset: Tensor, limit: float
     @torch.inference_mode()
     def work(thread: int) -> None:
         # written over for each chunk: fresh pages would cost a tenth of the time
-        logits = torch.empty(CPU_CELLS, len(keys))
+        exponents = torch.full((CPU_CELLS, WIDTH), -torch.inf)
         for features, ab_here, confidence_here in chunks[thread::threads]:
-            x = torch.addmm(offset, features.float(), keys.T, out=logits[: len(features)])
-            _expectation(x.numpy(), np.float32(limit), ab_here.numpy(), confidence_here.numpy())
+            here = exponents[: len(features)]
+            torch.addmm(offset, features.float(), keys.T, out=here[:, :BINS])
+            _expectation(here.numpy(), np.float32(limit), ab_here.numpy(), confidence_here.numpy())
 
     # Within a thread of ours torch must not start threads: they would wait for each other. Its setting is each thread's
     # own, but also what later threads begin with; so it is set again.
@@ -75,14 +79,14 @@ def expectation_on_cpu(cells: Tensor, keys: Tensor, offset: Tensor, limit: float
 
 @compiled
 def _expectation(exponents: Floats, limit: np.float32, ab: Floats, confidence: Floats) -> None:
-    """exponents [n, 313], which may be overwritten -> ab [n, 2] and confidence [n]."""
+    """exponents [n, WIDTH], which may be overwritten -> ab [n, 2] and confidence [n]."""
     for cell in range(len(exponents)):
         x = exponents[cell]
         largest = _largest(x)
         a, b, total = _sums(x, largest)
         # the likeliest bin has p = 1 before division: less, or NaN, shows a number that is none
         if not (total >= 1 and abs(largest) <= limit):
-            for k in range(len(x)):
+            for k in range(BINS):
                 # in this order a NaN, which is not above anything, becomes -limit
                 x[k] = min(x[k] if x[k] > -limit else -limit, limit)
             a, b, total = _sums(x, _largest(x))
@@ -100,7 +104,7 @@ def _largest(x: Floats) -> np.float32:
 
 @compiled
 def _in_order(bits: np.int32) -> np.int32:
-    """A float's bits -> an integer, such that greater floats give greater integers; and back."""
+    """A float's bits -> an integer, so that greater floats give greater integers; and back."""
     return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
@@ -123,6 +127,6 @@ def _exp2(x: np.float32) -> np.float32:
     shifted = x + _ROUNDER
     f = x - (shifted - _ROUNDER)
     c = _POWER
-    p = c[0] + f * (c[1] + f * (c[2] + f * (c[3] + f * (c[4] + f * (c[5] + f * c[6])))))
+    p = c[0] + f * (c[1] + f * (c[2] + f * (c[3] + f * (c[4] + f * c[5]))))
     whole = np.float32(shifted).view(np.int32) << np.int32(23)
     return np.int32(np.float32(p).view(np.int32) + whole).view(np.float32)
