@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_colorize.color.lab import EPSILON, OFFSET, SLOPE, WHITE, XYZ_FROM_RGB, linear_from_srgb
-from dist_colorize.color.roots import cube_root
+from dist_colorize.color.curves import cie_f
+from dist_colorize.color.lab import OFFSET, WHITE, XYZ_FROM_RGB, linear_from_srgb
 from dist_colorize.compiled import compiled
 
 STRIP = 32
@@ -35,7 +35,7 @@ LINEAR = linear_from_srgb(torch.arange(256, dtype=torch.float64) / 255).float().
 """What each of the 256 levels stands for, 0..1."""
 _MATRIX = (np.array(XYZ_FROM_RGB) / np.array(WHITE)[:, None]).astype(np.float32)
 """Linear sRGB -> X / Xn, Y / Yn, Z / Zn."""
-_EPSILON, _SLOPE, _OFFSET = np.float32(EPSILON), np.float32(SLOPE), np.float32(OFFSET)
+_OFFSET = np.float32(OFFSET)
 
 
 def finish_batch(
@@ -131,16 +131,9 @@ def _add(out: Floats, rows: NDArray[Any], weight: Floats, count: int) -> None:
 def lab_of_row(red: Floats, green: Floats, blue: Floats, L: Floats, a: Floats, b: Floats) -> None:
     """A row of linear sRGB to Lab (CIE 15:2004), in place of L, a and b."""
     for x in range(len(L)):
-        fx = _f(_MATRIX[0, 0] * red[x] + _MATRIX[0, 1] * green[x] + _MATRIX[0, 2] * blue[x])
-        fy = _f(_MATRIX[1, 0] * red[x] + _MATRIX[1, 1] * green[x] + _MATRIX[1, 2] * blue[x])
-        fz = _f(_MATRIX[2, 0] * red[x] + _MATRIX[2, 1] * green[x] + _MATRIX[2, 2] * blue[x])
+        fx = cie_f(_MATRIX[0, 0] * red[x] + _MATRIX[0, 1] * green[x] + _MATRIX[0, 2] * blue[x])
+        fy = cie_f(_MATRIX[1, 0] * red[x] + _MATRIX[1, 1] * green[x] + _MATRIX[1, 2] * blue[x])
+        fz = cie_f(_MATRIX[2, 0] * red[x] + _MATRIX[2, 1] * green[x] + _MATRIX[2, 2] * blue[x])
         L[x] = np.float32(116) * (fy - _OFFSET)
         a[x] = np.float32(500) * (fx - fy)
         b[x] = np.float32(200) * (fy - fz)
-
-
-@compiled
-def _f(t: np.float32) -> np.float32:
-    """CIE's f: the cube root, and a line below _EPSILON."""
-    root = cube_root(t)
-    return root if t > _EPSILON else _SLOPE * t + _OFFSET

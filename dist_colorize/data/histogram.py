@@ -59,7 +59,7 @@ def count_colours(
 def _count(
     photographs: Photographs, config: DataConfig, world: World, stop: StopFlag, replaced: list[Replaced]
 ) -> Tensor:
-    from dist_colorize.data.cells import add_cells  # takes long: numba
+    from dist_colorize.data.cells import add_cells  # here, as numba takes long to import
 
     cells = torch.zeros(CELLS, dtype=torch.int64, device=world.device)
     with tqdm(total=len(photographs), desc="colours", unit=" photographs", disable=not world.is_leader) as bar:

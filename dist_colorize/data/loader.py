@@ -267,7 +267,7 @@ class _Decoder:
                 # [B, 1, S, S] twice -> [B, 2, S, S]
                 ab = torch.cat([a, b], dim=1)
             else:
-                from dist_colorize.data.finish import finish_batch  # takes long: numba
+                from dist_colorize.data.finish import finish_batch  # here, as numba takes long to import
 
                 crops, flips = [np.asarray(crop) for crop in outputs[0]], outputs[1].as_array() != 0
                 finished = finish_batch(crops, flips, self._config.crop, workers, self._threads)

@@ -66,7 +66,7 @@ class Order:
 
     def draw(self, positions: UInt64s) -> Draw:
         """Sample and random numbers at each of n positions ([n], any order, repeats allowed)."""
-        from dist_colorize.data import feistel  # takes long: numba
+        from dist_colorize.data import feistel  # here, as numba takes long to import
 
         positions = np.ascontiguousarray(positions, dtype=np.uint64)
         sample = np.empty(len(positions), dtype=np.int64)

@@ -21,7 +21,7 @@ class TorchBackend:
         self.device = torch.device(device)
 
     def decode(self, features: Tensor, weight: Tensor, bias: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        from dist_colorize.postprocess import expectation  # takes long: numba
+        from dist_colorize.postprocess import expectation  # here, as numba takes long to import
 
         batch, channels, height, width = features.shape
         # [B, C, h, w] -> [B, h, w, C] -> [B*h*w, C]: one row a cell

@@ -95,11 +95,21 @@ class Photograph:
 
 def lightness(pixels: np.ndarray) -> Tensor:
     """L* (0..100) of [H, W, 1 or 3] uint8 or uint16 pixels: float32 [H, W]."""
-    top = float(np.iinfo(pixels.dtype).max)
+    top = int(np.iinfo(pixels.dtype).max)
     if pixels.shape[2] == 1:
-        return torch.from_numpy(_gray_table(int(top))[pixels[..., 0]])
-    rgb = torch.from_numpy(pixels.astype(np.float32)).movedim(-1, 0) / top
-    return lab.lightness(rgb.contiguous())[0]
+        return torch.from_numpy(_gray_table(top)[pixels[..., 0]])
+    from dist_colorize.color import curves  # here, as numba takes long to import
+
+    L = np.empty(pixels.shape[:2], np.float32)
+    # [H, W, 3] -> [H * W, 3]
+    curves.lightness(np.ascontiguousarray(pixels).reshape(-1, 3), _linear_table(top), L.reshape(-1))
+    return torch.from_numpy(L)
+
+
+@lru_cache(maxsize=2)
+def _linear_table(top: int) -> np.ndarray:
+    """Linear sRGB, 0..1, of every level 0..top."""
+    return lab.linear_from_srgb(torch.linspace(0, 1, top + 1, dtype=torch.float64)).float().numpy()
 
 
 @lru_cache(maxsize=2)

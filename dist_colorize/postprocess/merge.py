@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_colorize.color import lab
-from dist_colorize.color.roots import srgb_from_linear
+from dist_colorize.color.curves import srgb_from_linear
 from dist_colorize.compiled import compiled
 from dist_colorize.postprocess.stages import bilinear_taps
 
