@@ -70,6 +70,15 @@ def ours(scene: Scene) -> Pixels:
     return backend.compose(scene.lightness, stages[-1][1][0], (height, width), 0, 8).numpy()
 
 
+def product(scene: Scene) -> None:
+    """What nobody can do without: the logits, in pieces that stay in the cache, and nothing done to them."""
+    # [1, 64, h, w] -> [h * w, 64]
+    cells = scene.features.movedim(1, -1).reshape(-1, 64)
+    logits = torch.empty(2048, 313)
+    for chunk in cells.split(len(logits)):
+        torch.mm(chunk, scene.weight.T, out=logits[: len(chunk)])
+
+
 # ---------------------------------------------------------------- NumPy and OpenCV
 
 
@@ -243,6 +252,9 @@ def main() -> None:
     for peer, goal in (("NumPy + OpenCV", NUMPY_GOAL), ("torch", TORCH_GOAL)):
         ratio = times.ratio("ours", peer)
         print(f"{ratio:.2f} times the speed of {peer} ({verdict(ratio, goal)})")
+    floor = take_turns({"product": lambda: product(scene)}, arguments.rounds).of("product")
+    share = floor / times.of("ours")
+    print(f"the head's matrix product alone takes {floor * 1000:.0f} ms, {share:.0%} of our time: the floor")
     peak = peaks["ours"]
     print(f"peak memory {peak:.2f} of inputs plus outputs ({verdict(peak, MEMORY_GOAL, at_most=True)})")
 
