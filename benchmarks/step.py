@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -186,11 +187,14 @@ def check_losses_agree(steps: dict[str, Step]) -> None:
 
 
 def peak_of(name: str, images: int) -> float:
-    """Bytes at the peak of a few steps, beyond interpreter and weights, in a process of its own."""
+    """Bytes at the peak of a few steps, beyond interpreter and weights, in a process of its own.
+
+    What is freed goes back at once there: how much of it glibc would keep for later differs by 100 MB from run to run.
+    """
     command = [sys.executable, "-m", "benchmarks.step", "--batch", str(images), "--memory-of", *name.split()]
-    return float(
-        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    )
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    return float(json.loads(output.splitlines()[-1]))
 
 
 def memory(who: str, precision: Precision, images: int) -> int:
