@@ -61,7 +61,7 @@ setup(
         "torchvision>=0.29,<0.30",  # VGG16-BN and its pretrained weights
         *CUDA_WHEELS[cuda],  # decoding and augmentation; launch of our kernels and the compiler they need
         "numpy",
-        "numba",  # loops over pixels on a CPU, where DALI's resize and Lab took 3/4 of the input path: data/finish.py
+        "numba",  # loops over pixels on a CPU, one pass in place of many operators: compiled.py
         "pyyaml",  # config files
         "tensorboard",
         "submitit",  # SLURM
