@@ -40,7 +40,7 @@ _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 def inspect_all(
     root: Path, found: Scan, min_side: int, stop: Callable[[], bool]
-) -> Generator[tuple[Candidate, Result]]:
+) -> Generator[tuple[Candidate, Result], None, None]:
     """Every candidate with its result, in any order. Ends early, soon after `stop()` turns true."""
     candidates = found.candidates
     look = _Look(root, found.shards, min_side)
