@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_colorize.data import inspectors
 from dist_colorize.data.inspect import Facts, Rejected, inspect
 from dist_colorize.data.inspectors import Result, inspect_all
 from dist_colorize.data.scan import Scan, scan
@@ -78,6 +79,18 @@ def test_processes_find_what_one_finds(root: Path, found: Scan) -> None:
     assert len(seen) == FILES
     assert dict(seen) == expected(root, found)
     assert children() == before
+
+
+def test_a_few_large_files_are_shared_out_too(root: Path, found: Scan, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = Scan(candidates=found.candidates[:5])
+    before = children()
+    first, *others = results(root, few)
+    assert children() == before
+    monkeypatch.setattr(inspectors, "_BYTES_WORTH_A_PROCESS", few.candidates[1].length)
+    shared = results(root, few)
+    seen = [next(shared)]
+    assert len(children()) >= len(before) + 2
+    assert sorted([*seen, *shared]) == sorted([first, *others])
 
 
 def test_processes_may_be_killed(root: Path, found: Scan) -> None:

@@ -439,6 +439,39 @@ def test_earlier_indexes_are_found_by_their_fingerprint_for_a_while(root: Path) 
     assert index_of(folder, "another") is None
 
 
+def checkered(one: tuple[int, int, int], other: tuple[int, int, int]) -> Image.Image:
+    """96 x 64 pixels in squares of 16, two colours in turn."""
+    squares = np.add.outer(np.arange(64) // 16, np.arange(96) // 16) % 2
+    return Image.fromarray(np.where(squares[..., None] == 0, one, other).astype(np.uint8))
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP"])
+def test_the_faintest_colour_counts_and_noise_does_not(root: Path, format: str) -> None:
+    """Also where the mean of all pixels is gray, and where colour is in one corner alone."""
+    corner = checkered((90, 90, 90), (90, 90, 90))
+    corner.paste((120, 90, 90), (0, 0, 16, 16))
+    pictures = {
+        "opposite colours": (checkered((100, 100, 40), (40, 40, 100)), True),
+        "in one corner": (corner, True),
+        "a little": (checkered((100, 102, 105), (100, 102, 105)), True),
+        "noise": (checkered((100, 102, 104), (104, 102, 100)), False),
+    }
+    for name, (image, _) in pictures.items():
+        (root / f"{name}.{format.lower()}").write_bytes(encoded(image, format))
+    photographs, rejected = build(root)
+    for name, (_, usable) in pictures.items():
+        assert (f"{name}.{format.lower()}" in names(photographs)) == usable
+        assert (f"{name}.{format.lower()}" in rejected) != usable
+
+
+def test_the_colour_of_a_small_spot_in_a_jpeg_counts(root: Path) -> None:
+    """JPEGs are looked at in means of 8 x 8 pixels."""
+    image = checkered((90, 90, 90), (130, 130, 130))
+    image.paste((160, 60, 60), (40, 40, 46, 46))
+    (root / "spot.jpg").write_bytes(encoded(image, quality=95))
+    assert "spot.jpg" in names(build(root)[0])
+
+
 def test_an_index_kept_below_the_data_does_not_make_itself_stale(root: Path) -> None:
     folder = ensure_index(root, 32, root / ".cache" / "index")
     assert is_fresh(folder)

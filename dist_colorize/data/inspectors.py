@@ -32,9 +32,9 @@ Result = Facts | str
 """What the index keeps of a photograph, or the reason why it cannot be used."""
 
 _CHUNK = 32
-"""Candidates per question: enough to make the pipe's own cost disappear."""
-_WORTH_A_PROCESS = 64
-"""With fewer candidates for each, processes take longer to start than they save."""
+"""Candidates per question, at most: enough to make the pipe's own cost disappear."""
+_FILES_WORTH_A_PROCESS, _BYTES_WORTH_A_PROCESS = 64, 8 << 20
+"""With fewer of both for each, processes take longer to start than they save."""
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
@@ -44,15 +44,20 @@ def inspect_all(
     """Every candidate with its result, in any order. Ends early, soon after `stop()` turns true."""
     candidates = found.candidates
     look = _Look(root, found.shards, min_side)
+    work = max(
+        len(candidates) // _FILES_WORTH_A_PROCESS,
+        sum(candidate.length for candidate in candidates) // _BYTES_WORTH_A_PROCESS,
+    )
     # More processes than cores: on network file systems most of the time is waiting for an answer.
-    workers = min(32, 2 * len(os.sched_getaffinity(0)), len(candidates) // _WORTH_A_PROCESS)
+    workers = min(32, 2 * len(os.sched_getaffinity(0)), len(candidates), work)
     if workers < 2:
         for candidate in candidates:
             if stop():
                 return
             yield candidate, look([candidate])[0]
         return
-    chunks = (candidates[start : start + _CHUNK] for start in range(0, len(candidates), _CHUNK))
+    size = max(1, min(_CHUNK, len(candidates) // (4 * workers)))
+    chunks = (candidates[start : start + size] for start in range(0, len(candidates), size))
     with _Workers(look, workers) as pool:
         yield from pool.map(chunks, stop)
 
