@@ -91,8 +91,7 @@ class TorchBackend:
         from dist_colorize.postprocess import merge
 
         # whatever the device: finished pixels are on their way to the host
-        pixels = merge.compose(lightness.cpu(), ab.cpu(), size, row0, bits)
-        return pixels.to(lightness.device)
+        return merge.compose(lightness.cpu(), ab.cpu(), size, row0, bits)
 
 
 def gaussian(image: Tensor, sigma: float) -> Tensor:
