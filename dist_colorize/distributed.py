@@ -32,7 +32,8 @@ import torch
 import torch.distributed as dist
 
 from dist_colorize.errors import INTERRUPTED, Interrupted, UserError
-from dist_colorize.heartbeat import Heartbeat, PeerLost
+from dist_colorize.heartbeat import Heartbeat, Launcher, PeerLost
+from dist_colorize.rendezvous import Rendezvous, environment_number
 
 T = TypeVar("T")
 
@@ -190,35 +191,29 @@ def session(config: DistributedConfig) -> Iterator[World]:
     Interrupted must be raised on all ranks or none; another exception of one rank ends the others by a broken link.
     Raises UserError (on all ranks) where the device or the backend that the config asks for cannot be had.
     """
-    environment = {name: _environment_number(name, 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-    environment |= {name: _environment_number(name, 0) for name in ("RANK", "LOCAL_RANK")}
-    rank, size = environment["RANK"], environment["WORLD_SIZE"]
-    timeout = timedelta(seconds=config.timeout)
-    store: dist.Store = dist.HashStore()
-    if "RANK" in os.environ:
-        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-        # Workers that torchrun starts again meet in the store of the first attempt: what is written there is outdated.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size} ranks", store)
-
-    device = own_device(config, environment["LOCAL_RANK"])
-    backend = _agreed_backend(config, _exchange(store, rank, size, "identity", _identity(device)))
+    rank, size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+    local_rank, local_size = environment_number("LOCAL_RANK", 0), environment_number("LOCAL_WORLD_SIZE", 1)
+    device = own_device(config, local_rank)
+    launcher = Launcher()
+    meeting = Rendezvous(rank, size, config.timeout, launcher)
+    backend = _agreed_backend(config, meeting.exchange("identity", _identity(device)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    share = usable_cores() // environment["LOCAL_WORLD_SIZE"]
-    threads = config.threads or max(1, min(map(int, _exchange(store, rank, size, "share", str(share)))))
+    shares = meeting.exchange("share", str(usable_cores() // local_size))
+    threads = config.threads or max(1, min(map(int, shares)))
     torch.set_num_threads(threads)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=rank,
-        world_size=size,
-        timeout=timeout,
-        device_id=device if backend == "nccl" else None,
-    )
     stuck = False
     try:
-        with Heartbeat(dist.PrefixStore("life", store), rank, size) as heartbeat, _naming_lost_peers(heartbeat):
-            local_rank, local_size = environment["LOCAL_RANK"], environment["LOCAL_WORLD_SIZE"]
+        life = dist.PrefixStore("life", meeting.store)
+        with Heartbeat(life, rank, size, launcher) as heartbeat, _naming_lost_peers(heartbeat):
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
+                store=dist.PrefixStore("group", meeting.store),
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=config.timeout),
+                device_id=device if backend == "nccl" else None,
+            )
             world = World(rank, local_rank, size, local_size, device, backend, threads, heartbeat)
             try:
                 yield world
@@ -232,7 +227,7 @@ def session(config: DistributedConfig) -> Iterator[World]:
         stuck = backend == "nccl" and not isinstance(error, Interrupted)
         raise
     finally:
-        if not stuck:
+        if not stuck and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -244,7 +239,7 @@ def _naming_lost_peers(heartbeat: Heartbeat) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in ("gloo", "Gloo", "NCCL")):
             raise
-        if dist.get_backend() == "gloo":
+        if dist.is_initialized() and dist.get_backend() == "gloo":
             # Those who wait for this rank would hear of the loss only when it leaves: close the connections first.
             dist.group.WORLD.abort()  # type: ignore[union-attr]
         raise PeerLost(heartbeat.explain(error)) from None
@@ -319,13 +314,6 @@ class StopFlag:
             os._exit(INTERRUPTED)
 
 
-def _environment_number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdigit():
-        raise UserError(f'the environment variable {name} must be a whole number, got "{text}"; start with torchrun')
-    return int(text)
-
-
 def own_device(config: DistributedConfig, local_rank: int) -> torch.device:
     """This rank's device; ranks beyond the number of GPUs share them in turn."""
     if config.device == "cpu":
@@ -347,12 +335,6 @@ def _identity(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu {socket.gethostname()}"
     return f"cuda {socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
-
-
-def _exchange(store: dist.Store, rank: int, size: int, what: str, text: str) -> list[str]:
-    """The text of every rank, by rank; over the store, as there is no process group yet."""
-    store.set(f"{what}/{rank}", text)
-    return [store.get(f"{what}/{other}").decode() for other in range(size)]
 
 
 def _agreed_backend(config: DistributedConfig, identities: list[str]) -> str:

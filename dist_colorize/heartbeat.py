@@ -1,6 +1,6 @@
 """Signs of life of each rank, so that those who lose one can say which, and when it was last seen.
 
-    with Heartbeat(store, rank, size) as heartbeat:
+    with Heartbeat(store, rank, size, launcher) as heartbeat:
         try:
             ...                                     # collectives; heartbeat.reached += 1 at each
         except RuntimeError as error:
@@ -55,23 +55,36 @@ class Sign:
     """Why it left; None where it did not say so."""
 
 
+class Launcher:
+    """torchrun, where it started this process; else nothing, which never goes."""
+
+    def __init__(self) -> None:
+        self.exists = "TORCHELASTIC_RUN_ID" in os.environ
+        self.serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        """Whether it serves the store in which the ranks meet, which then outlives them; else rank 0 does."""
+        self._pid = os.getppid()
+
+    @property
+    def has_gone(self) -> bool:
+        return self.exists and os.getppid() != self._pid
+
+
 class Heartbeat:
     """Gives this rank's signs of life in a thread, from entering it as a context to leaving it."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
+    def __init__(self, store: dist.Store, rank: int, size: int, launcher: Launcher) -> None:
+        self._rank, self._size, self._launcher = rank, size, launcher
         self.reached = 0
         """Collectives that this rank has entered; the owner counts."""
         self._count = 0
         self._left: str | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         # A connection of its own: the group's one is held while it waits for a key.
         self._store = store.clone() if size > 1 else store
 
     def __enter__(self) -> Self:
-        if self._size > 1 or self._launcher:
+        if self._size > 1 or self._launcher.exists:
             self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
             self._thread.start()
         return self
@@ -115,13 +128,13 @@ class Heartbeat:
         return f"{told} ({reason}); {_ADVICE}"
 
     def _beat(self) -> None:
-        heard = True
+        heard, alone = True, False
         while True:
             heard = heard and self._say()  # no more once the store has gone: collectives will fail, and say why
             if self._stop.wait(SECONDS):
                 return
-            if self._launcher and os.getppid() != self._launcher:
-                self._launcher = None
+            if self._launcher.has_gone and not alone:
+                alone = True
                 print("torchrun has gone; stopping", file=sys.stderr, flush=True)
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -147,8 +160,8 @@ class Heartbeat:
         return signs
 
     def _see_the_others_off(self) -> None:
-        """Rank 0 may host the store that the others still read: wait a little until those alive have left."""
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun hosts it
+        """Rank 0 may serve the store that the others still read: wait a little until those alive have left."""
+        if self._launcher.serves:
             return
         end = time.monotonic() + 2 * SILENT_SECONDS
         while time.monotonic() < end and not all(sign.left for sign in (self._read() or {}).values()):

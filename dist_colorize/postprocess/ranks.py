@@ -10,13 +10,12 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TypeVar
-
-import torch.distributed as dist
 
 from dist_colorize.distributed import StopFlag
 from dist_colorize.errors import OK
+from dist_colorize.heartbeat import Launcher, PeerLost
+from dist_colorize.rendezvous import Rendezvous
 
 Item = TypeVar("Item")
 
@@ -59,15 +58,15 @@ class Ranks:
         torchrun ends all processes as soon as one leaves with another code than 0. So one whose photographs could not
         all be read waits for the others here.
         """
-        if self.size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        launcher = Launcher()
+        if self.size == 1 or not launcher.serves:
             return code
         try:
-            seconds = timedelta(seconds=STORE_SECONDS)
-            store, *_ = next(dist.rendezvous("env://", self.rank, self.size, timeout=seconds))
+            store = Rendezvous(self.rank, self.size, STORE_SECONDS, launcher).store
             store.set(f"finished/{self.rank}", str(code))
             everyone = [f"finished/{rank}" for rank in range(self.size)]
             while code != OK and not stop.requested and not store.check(everyone):
                 time.sleep(POLL_SECONDS)
-        except RuntimeError:  # the store has gone with torchrun: there is nobody left to wait for
+        except (PeerLost, RuntimeError):  # the store has gone with torchrun: there is nobody left to wait for
             pass
         return code

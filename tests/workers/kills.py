@@ -61,9 +61,6 @@ class Forked:
         finally:
             os._exit(code)
 
-    def can_be_killed(self, said: bytes) -> bool:
-        return True
-
     def kill(self, generator: random.Random) -> None:
         for rank in self.ranks if generator.random() < 0.5 else [generator.choice(self.ranks)]:
             os.kill(rank, signal.SIGKILL)
@@ -83,10 +80,6 @@ class Launched:
                 [*command, "-m", "dist_colorize.train", *arguments], stdout=output, stderr=output
             )
         self.ranks: set[int] = set()
-
-    def can_be_killed(self, said: bytes) -> bool:
-        """Once the ranks have met: before, they would look for a dead launcher's store until their time-out."""
-        return b"run: " in said
 
     def kill(self, generator: random.Random) -> None:
         self.living()
@@ -164,7 +157,7 @@ def main(folder: Path, start: Callable[[Path], Life], kills: int, generator: ran
         life = start(run)
         if made < kills:
             end = born + generator.uniform(0.05, 1.0) * duration
-            while life.living() and (time.monotonic() < end or not life.can_be_killed(log.read_bytes()[begin:])):
+            while life.living() and time.monotonic() < end:
                 time.sleep(0.005)
             if generator.random() < 0.5:
                 while life.living() and not torn(run):
