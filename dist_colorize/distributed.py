@@ -204,7 +204,7 @@ def session(config: DistributedConfig) -> Iterator[World]:
     torch.set_num_threads(threads)
     stuck = False
     try:
-        life = dist.PrefixStore("life", meeting.store)
+        life = dist.PrefixStore("life", meeting.second_store)
         with Heartbeat(life, rank, size, launcher) as heartbeat, _naming_lost_peers(heartbeat):
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",

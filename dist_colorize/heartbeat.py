@@ -73,15 +73,13 @@ class Heartbeat:
     """Gives this rank's signs of life in a thread, from entering it as a context to leaving it."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, launcher: Launcher) -> None:
-        self._rank, self._size, self._launcher = rank, size, launcher
+        self._store, self._rank, self._size, self._launcher = store, rank, size, launcher
         self.reached = 0
         """Collectives that this rank has entered; the owner counts."""
         self._count = 0
         self._left: str | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        # A connection of its own: the group's one is held while it waits for a key.
-        self._store = store.clone() if size > 1 else store
 
     def __enter__(self) -> Self:
         if self._size > 1 or self._launcher.exists:

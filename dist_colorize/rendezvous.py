@@ -48,7 +48,13 @@ class Rendezvous:
         # A rank alone asks torchrun too: one that was killed before this rank could know it does not answer.
         store = self._store() if size > 1 or launcher.serves else dist.HashStore()
         # Workers that torchrun starts again meet in the store of the first attempt: what is written there is outdated.
-        self.store = dist.PrefixStore(f"attempt {environment_number('TORCHELASTIC_RESTART_COUNT', 0)} of {size}", store)
+        prefix = f"attempt {environment_number('TORCHELASTIC_RESTART_COUNT', 0)} of {size}"
+        with _telling_of_a_lost_store():
+            second = store.clone() if size > 1 else store
+            store.set_timeout(timedelta(seconds=seconds))
+        self.store = dist.PrefixStore(prefix, store)
+        self.second_store = dist.PrefixStore(prefix, second)
+        """The same through a connection of its own, for a thread: the first is held while it waits for a key."""
 
     def exchange(self, what: str, text: str) -> list[str]:
         """The text of every rank, by rank. Raises PeerLost with the ranks that did not come."""
@@ -101,9 +107,7 @@ class Rendezvous:
             )
         with _telling_of_a_lost_store():
             limit = timedelta(seconds=CONNECT_SECONDS)
-            store = dist.TCPStore(host, port, self._size, False, limit, wait_for_workers=False)
-            store.set_timeout(timedelta(seconds=self._seconds))
-        return store
+            return dist.TCPStore(host, port, self._size, False, limit, wait_for_workers=False)
 
     def _wait(self, done: Callable[[], bool], seconds: float) -> bool:
         """Whether `done` comes true in time. Raises PeerLost when torchrun goes meanwhile."""

@@ -216,6 +216,7 @@ def test_a_rejected_submission_shows_the_words_of_sbatch(launch: Launch, tmp_pat
 # ---------------------------------------------------------------- cut off
 
 
+@pytest.mark.slow
 def test_a_warned_job_saves_comes_back_and_ends_in_the_same_weights(
     submit: Submit, weights: Callable[..., Path]
 ) -> None:
@@ -307,6 +308,7 @@ def test_a_cancelled_job_stays_cancelled(submit: Submit) -> None:
     assert "requeued" not in job.log
 
 
+@pytest.mark.slow
 def test_a_crashed_rank_comes_back(submit: Submit, weights: Callable[..., Path]) -> None:
     job = submit("--nodes", "2", LONG, "checkpoint.every=2")
     job.until_steps(5)

@@ -179,6 +179,7 @@ def test_the_saved_config_repeats_the_run(train: Train, finished: Path, tmp_path
     assert_same_bits(last_state(again)["model"], last_state(finished)["model"])
 
 
+@pytest.mark.slow
 def test_eight_ranks(train: Train, tmp_path: Path) -> None:
     """The command of the mission, on one processor: `torchrun --nproc_per_node=8 -m dist_colorize.train`."""
     done = train(8, f"run.dir={tmp_path / 'eight'}", "train.steps=2", "evaluate.batch=1")
