@@ -29,16 +29,18 @@ import torch
 from numpy.typing import NDArray
 
 from dist_colorize import config, intervals
-from dist_colorize.distributed import DistributedConfig, StopFlag, session, usable_cores
+from dist_colorize.distributed import DistributedConfig, session
 from dist_colorize.errors import UserError, run_command
 from dist_colorize.evaluate import score
 from dist_colorize.evaluation import Evaluation, protocol
+from dist_colorize.hardware import usable_cores
 from dist_colorize.metrics import METRICS
 from dist_colorize.models import METHODS
 from dist_colorize.postprocess.stages import preset_names
 from dist_colorize.recipe import Recipe
 from dist_colorize.resources import resource
 from dist_colorize.run_facts import read_run
+from dist_colorize.stopping import StopFlag
 
 SMALL = (
     "data.root=sample-photographs",

@@ -64,7 +64,8 @@ from dist_colorize.data.finish import LINEAR, finish, lab_of_row
 from dist_colorize.data.loader import Loader, evaluation_batches
 from dist_colorize.data.order import Order
 from dist_colorize.data.plan import Plan, training_plans
-from dist_colorize.distributed import DistributedConfig, StopFlag, session
+from dist_colorize.distributed import DistributedConfig, session
+from dist_colorize.stopping import StopFlag
 
 BATCH = 16
 CORES = 2

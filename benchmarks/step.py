@@ -28,11 +28,13 @@ from torchvision.models import vgg16_bn
 from benchmarks.harness import ROUNDS, Times, forget_peak, machine, resident, table, take_turns, verdict
 from dist_colorize.color.gamut import Gamut
 from dist_colorize.data import DataConfig, Loader, Order, open_photographs
-from dist_colorize.distributed import DistributedConfig, StopFlag, cpu_has_bf16, session
+from dist_colorize.distributed import DistributedConfig, session
+from dist_colorize.hardware import cpu_has_bf16
 from dist_colorize.models import METHODS, ModelConfig, TrainingModule, build
 from dist_colorize.models.network import OUTPUT_STRIDE, Network
 from dist_colorize.optimisation import Optimisation, TrainConfig
 from dist_colorize.profiling import RANGES, span
+from dist_colorize.stopping import StopFlag
 
 SIZE = 224
 WARMUP = 3

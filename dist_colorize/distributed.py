@@ -15,25 +15,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import re
-import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from dist_colorize.errors import INTERRUPTED, Interrupted, UserError
+from dist_colorize.errors import Interrupted, UserError
+from dist_colorize.hardware import usable_cores
 from dist_colorize.heartbeat import Heartbeat, Launcher, PeerLost
 from dist_colorize.rendezvous import Rendezvous, environment_number
+from dist_colorize.stopping import StopFlag
 
 T = TypeVar("T")
 
@@ -42,10 +39,6 @@ POLL_SECONDS = 0.2
 
 LEAVING_SECONDS = 10.0
 """How long rank 0's work may take to see that it is to stop, before the ranks leave without its result."""
-
-SECOND_SIGNAL_SECONDS = 2.0
-"""A signal this long after the first one is a second wish. Launchers repeat one: `scancel` reaches torchrun and its
-ranks alike, and torchrun then tells the ranks again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,75 +236,6 @@ def _naming_lost_peers(heartbeat: Heartbeat) -> Iterator[None]:
             # Those who wait for this rank would hear of the loss only when it leaves: close the connections first.
             dist.group.WORLD.abort()  # type: ignore[union-attr]
         raise PeerLost(heartbeat.explain(error)) from None
-
-
-def default_precision(device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
-    """The fastest precision that `device` computes in hardware: bf16, else fp16 on a GPU and fp32 on a processor."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if cpu_has_bf16() else "fp32"
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the processor itself multiplies bf16 matrices (AVX512-BF16, Intel AMX); emulation is slower than fp32."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def usable_cores() -> int:
-    """Cores of this node that this process and those beside it may use: its affinity, a container's quota where one is
-    set, and what SLURM gave to the tasks on a node where it was asked for cores per task."""
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    if "SLURM_CPUS_PER_TASK" in os.environ:  # SLURM need not bind tasks to their cores
-        tasks = re.match(r"\d+", os.environ.get("SLURM_TASKS_PER_NODE", "1"))  # "8(x4)" is 8 on each of 4 nodes
-        cores = min(cores, int(os.environ["SLURM_CPUS_PER_TASK"]) * int(tasks[0] if tasks else 1))
-    return max(1, cores)
-
-
-class StopFlag:
-    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2; a second signal (seconds later) leaves the process at once.
-
-    The handler only sets the flag: the loops that poll it save and leave in order, all ranks at the same step.
-    Used as a context. After it the earlier handlers are back, unless a signal came: the process is about to end then.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._first: float | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Self:
-        for number in self.SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
-        # A launcher may have held signals back until now (slurm/hold_signals.py); one that came meanwhile is seen here.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if (
-            self._first is None
-        ):  # else the launcher's echo of the signal may still come, and must not end us halfway out
-            for number, handler in self._previous.items():
-                signal.signal(number, handler)
-
-    def request(self) -> None:
-        """Set the flag without a signal: another rank was told to stop."""
-        self.requested = True
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        now = time.monotonic()
-        if self._first is None:
-            self._first = now
-        elif now - self._first >= SECOND_SIGNAL_SECONDS:
-            os._exit(INTERRUPTED)
 
 
 def own_device(config: DistributedConfig, local_rank: int) -> torch.device:

@@ -106,7 +106,7 @@ def _python() -> Finding:
 def _processor() -> Finding:
     import torch
 
-    from dist_colorize.distributed import cpu_has_bf16, usable_cores
+    from dist_colorize.hardware import cpu_has_bf16, usable_cores
 
     name = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     bf16 = "multiplies bf16" if cpu_has_bf16() else "no bf16 (AVX512-BF16 or AMX)"
@@ -277,7 +277,8 @@ def _weights() -> Finding:
 def _training() -> Finding:
     import torch
 
-    from dist_colorize.distributed import DistributedConfig, default_precision, own_device
+    from dist_colorize.distributed import DistributedConfig, own_device
+    from dist_colorize.hardware import default_precision
 
     device = own_device(DistributedConfig(), local_rank=0)
     if device.type == "cpu":

@@ -25,7 +25,7 @@ from dist_colorize import config
 from dist_colorize.color.rebalance import LossConfig, class_weights, prior
 from dist_colorize.data import Photographs, evaluation_batches, open_photographs
 from dist_colorize.data.histogram import count_colours
-from dist_colorize.distributed import StopFlag, World, session
+from dist_colorize.distributed import World, session
 from dist_colorize.errors import UserError, run_command
 from dist_colorize.evaluation import Evaluation, evaluate, protocol, write_evaluation
 from dist_colorize.files import write_atomically
@@ -33,6 +33,7 @@ from dist_colorize.postprocess.stages import load_preset
 from dist_colorize.postprocess.trained import find_trained
 from dist_colorize.recipe import Recipe
 from dist_colorize.report import Page, write_report
+from dist_colorize.stopping import StopFlag
 from dist_colorize.text import printable
 
 COMPARED = ("data", "photographs_are", "size", "preparation", "photographs")

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dist_colorize.distributed import World, default_precision
+from dist_colorize.distributed import World
 from dist_colorize.errors import UserError
+from dist_colorize.hardware import default_precision
 from dist_colorize.models import TrainingModule
 from dist_colorize.models.network import MULTIPLE, OUTPUT_STRIDE, Network
 from dist_colorize.profiling import span

@@ -76,6 +76,8 @@ class Rendezvous:
         host, port = os.environ.get("MASTER_ADDR", ""), environment_number("MASTER_PORT")
         if not host:
             raise UserError("the environment variable MASTER_ADDR is not set; start with torchrun")
+        if not 0 < port < 1 << 16:
+            raise UserError(f"the environment variable MASTER_PORT must be 1 to 65535, got {port}; start with torchrun")
         return self._serve(host, port) if self._rank == 0 and not self._launcher.serves else self._connect(host, port)
 
     def _serve(self, host: str, port: int) -> dist.Store:

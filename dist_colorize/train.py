@@ -21,7 +21,7 @@ from dist_colorize.color.rebalance import class_weights, prior
 from dist_colorize.data import Loader, Order, evaluation_batches, open_photographs
 from dist_colorize.data.histogram import count_colours
 from dist_colorize.data.loader import Replaced
-from dist_colorize.distributed import StopFlag, World, session
+from dist_colorize.distributed import World, session
 from dist_colorize.errors import Interrupted, RunFailed, run_command
 from dist_colorize.evaluation import FINAL, Evaluation, evaluate, protocol, write_evaluation
 from dist_colorize.models import METHODS, TrainingModule, build, initialise
@@ -32,6 +32,7 @@ from dist_colorize.progress import Meter, Progress
 from dist_colorize.recipe import Recipe, load_recipe
 from dist_colorize.replacements import Replacements
 from dist_colorize.resume import Checkpoints, check_same_run, newest_checkpoint
+from dist_colorize.stopping import StopFlag
 from dist_colorize.tracking import Run, open_run
 
 CALIBRATION = 32

@@ -13,7 +13,8 @@ from conftest import run_torchrun
 from dist_colorize.color.rebalance import EXTENT, count_cells
 from dist_colorize.data import DataConfig, evaluation_batches, histogram, open_photographs
 from dist_colorize.data.cells import add_cells
-from dist_colorize.distributed import DistributedConfig, StopFlag, session
+from dist_colorize.distributed import DistributedConfig, session
+from dist_colorize.stopping import StopFlag
 
 WORKER = Path(__file__).parent / "workers" / "colours.py"
 

@@ -18,13 +18,15 @@ import torch
 from conftest import kill_tree, rank_environment, torchrun_command
 
 from dist_colorize import distributed
-from dist_colorize.distributed import DistributedConfig, StopFlag, default_precision, session, usable_cores
+from dist_colorize.distributed import DistributedConfig, session
 from dist_colorize.errors import INTERRUPTED, UserError
+from dist_colorize.hardware import usable_cores
 
 PRELUDE = """
 import json, os, signal, sys, time
 import torch
-from dist_colorize.distributed import DistributedConfig, StopFlag, session
+from dist_colorize.distributed import DistributedConfig, session
+from dist_colorize.stopping import StopFlag
 from dist_colorize.errors import Interrupted, UserError, run_command
 
 def note(**facts):
@@ -128,8 +130,8 @@ def test_the_process_does_not_end_under_work_that_is_slow_to_stop(tmp_path: Path
 
 
 STEPS = """
-    from dist_colorize import distributed
-    distributed.SECOND_SIGNAL_SECONDS = float(os.environ["GRACE"])
+    from dist_colorize import stopping
+    stopping.SECOND_SIGNAL_SECONDS = float(os.environ["GRACE"])
 
     def main():
         with session(DistributedConfig()) as world, StopFlag() as stop:
@@ -269,89 +271,6 @@ def test_a_broken_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match='WORLD_SIZE must be a whole number, got "two"'), session(DistributedConfig()):
         pass
-
-
-@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_precision_follows_the_processor(monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: str) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16, "amx_bf16": False})
-    assert default_precision(torch.device("cpu")) == expected
-
-
-@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp16")])
-def test_precision_follows_the_gpu(monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: str) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    assert default_precision(torch.device("cuda")) == expected
-
-
-@pytest.mark.parametrize("number", StopFlag.SIGNALS)
-def test_the_handler_only_sets_the_flag_and_outlives_the_launchers_echo(number: signal.Signals) -> None:
-    before = {each: signal.getsignal(each) for each in StopFlag.SIGNALS}
-    try:
-        with StopFlag() as stop:
-            assert not stop.requested
-            os.kill(os.getpid(), number)
-            time.sleep(0)  # let Python run the handler
-            assert stop.requested
-            os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # on the way out
-        time.sleep(0)
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-def test_without_a_signal_the_earlier_handlers_are_back() -> None:
-    before = [signal.getsignal(number) for number in StopFlag.SIGNALS]
-    with StopFlag() as stop:
-        assert before != [signal.getsignal(number) for number in StopFlag.SIGNALS]
-        stop.request()  # another rank was told
-        assert stop.requested
-    assert before == [signal.getsignal(number) for number in StopFlag.SIGNALS]
-
-
-def test_a_second_signal_leaves_at_once() -> None:
-    program = "from dist_colorize.distributed import StopFlag\nwith StopFlag():\n print(flush=True)\n time.sleep(60)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"import time\n{program}"], env=rank_environment(), stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    time.sleep(distributed.SECOND_SIGNAL_SECONDS + 0.3)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(5) == 75
-
-
-def test_usable_cores_respects_the_affinity() -> None:
-    everything = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(everything)})
-        assert usable_cores() == 1
-    finally:
-        os.sched_setaffinity(0, everything)
-    assert 1 <= usable_cores() <= len(everything)
-
-
-@pytest.mark.parametrize(
-    ("given", "cores"),
-    [
-        ({"SLURM_CPUS_PER_TASK": "3", "SLURM_TASKS_PER_NODE": "2(x4)"}, 6),
-        ({"SLURM_CPUS_PER_TASK": "3"}, 3),
-        ({"SLURM_CPUS_PER_TASK": "40", "SLURM_TASKS_PER_NODE": "1"}, 16),
-        ({"SLURM_TASKS_PER_NODE": "2(x4)"}, 16),  # SLURM was not asked for a number
-    ],
-)
-def test_usable_cores_are_those_that_slurm_gave(
-    given: dict[str, str], cores: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    for name in ("SLURM_CPUS_PER_TASK", "SLURM_TASKS_PER_NODE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(Path, "read_text", lambda path: "max 100000")  # no container's quota
-    assert usable_cores() == cores
 
 
 @pytest.mark.world_size(2)

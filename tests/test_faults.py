@@ -23,9 +23,10 @@ from test_train import TINY, assert_same_bits, last_state, losses
 
 from dist_colorize import checkpoint, train
 from dist_colorize.checkpoint import SaveError
-from dist_colorize.distributed import StopFlag, World
+from dist_colorize.distributed import World
 from dist_colorize.errors import FAILURE, Interrupted, RunFailed, UserError
 from dist_colorize.optimisation import Optimisation
+from dist_colorize.stopping import StopFlag
 
 Run = Callable[..., None]
 SETTINGS = {

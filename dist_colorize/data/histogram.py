@@ -17,9 +17,10 @@ from dist_colorize.data.catalog import cache_folder
 from dist_colorize.data.columns import Photographs
 from dist_colorize.data.config import DataConfig
 from dist_colorize.data.loader import Replaced, evaluation_batches
-from dist_colorize.distributed import StopFlag, World
+from dist_colorize.distributed import World
 from dist_colorize.errors import Interrupted
 from dist_colorize.files import replacing
+from dist_colorize.stopping import StopFlag
 
 BATCH = 32
 """Photographs per rank between two looks at the stop flag."""

@@ -35,8 +35,9 @@ from dist_colorize.data.config import DataConfig
 from dist_colorize.data.order import Order
 from dist_colorize.data.plan import PADDING, Plan, evaluation_plan, training_plans
 from dist_colorize.data.prefetch import Prefetch
-from dist_colorize.distributed import World, usable_cores
+from dist_colorize.distributed import World
 from dist_colorize.errors import RunFailed, UserError
+from dist_colorize.hardware import usable_cores
 
 ATTEMPTS = 32
 """Substitutes tried for one slot. So many failures in a row mean that the data have gone, not that a file is bad."""

@@ -11,8 +11,9 @@ from pathlib import Path
 from dist_colorize.data.catalog import cache_folder, ensure_index, index_folder, index_of, is_fresh
 from dist_colorize.data.columns import Photographs, describe, open_index
 from dist_colorize.data.config import SAMPLE_ROOT, DataConfig
-from dist_colorize.distributed import StopFlag, World
+from dist_colorize.distributed import World
 from dist_colorize.errors import UserError
+from dist_colorize.stopping import StopFlag
 
 SAMPLES = (
     "astronaut.png",

@@ -37,9 +37,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dist_colorize.distributed import StopFlag, usable_cores
 from dist_colorize.errors import FAILURE, INTERRUPTED, OK, UserError, run_command
 from dist_colorize.files import remove_stale
+from dist_colorize.hardware import usable_cores
 from dist_colorize.postprocess.colorizer import MULTIPLE, Colorizer, Prediction
 from dist_colorize.postprocess.cpu import TorchBackend
 from dist_colorize.postprocess.encode import DiskError, write_picture
@@ -52,6 +52,7 @@ from dist_colorize.postprocess.ranks import Ranks
 from dist_colorize.postprocess.stages import Backend, load_preset, preset_names
 from dist_colorize.postprocess.streams import Streams
 from dist_colorize.postprocess.trained import Trained, find_trained, newest_run, photographs_of
+from dist_colorize.stopping import StopFlag
 
 RUNS = Path("runs")
 BYTES_AT_ONCE = 2**30

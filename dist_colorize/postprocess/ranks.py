@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dist_colorize.distributed import StopFlag
 from dist_colorize.errors import OK
 from dist_colorize.heartbeat import Launcher, PeerLost
 from dist_colorize.rendezvous import Rendezvous
+from dist_colorize.stopping import StopFlag
 
 Item = TypeVar("Item")
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from dist_colorize import checkpoint
 from dist_colorize.data import open_photographs
-from dist_colorize.distributed import DistributedConfig, StopFlag, session
+from dist_colorize.distributed import DistributedConfig, session
 from dist_colorize.errors import UserError
 from dist_colorize.models import restore
 from dist_colorize.postprocess.images import Stored
 from dist_colorize.recipe import recipe_of
+from dist_colorize.stopping import StopFlag
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from dist_colorize import config, intervals, splotches
 from dist_colorize.color.gamut import BINS
 from dist_colorize.color.lab import lab_to_srgb
 from dist_colorize.data import Batch, evaluation_batches, open_photographs
-from dist_colorize.distributed import DistributedConfig, StopFlag, session
+from dist_colorize.distributed import DistributedConfig, session
 from dist_colorize.errors import Interrupted, UserError
 from dist_colorize.evaluation import Evaluation, evaluate
 from dist_colorize.files import write_atomically
@@ -41,6 +41,7 @@ from dist_colorize.postprocess.stages import Preset, load_preset, preset_names, 
 from dist_colorize.postprocess.trained import find_trained, newest_run
 from dist_colorize.postprocess.tune_space import Space, as_yaml
 from dist_colorize.recipe import Recipe
+from dist_colorize.stopping import StopFlag
 
 JUDGED = ("psnr", "ssim", "ciede2000", "colourfulness_difference", "blob", "xuce")
 """What the gain is printed in."""

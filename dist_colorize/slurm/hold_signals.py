@@ -3,7 +3,7 @@
     python hold_signals.py COMMAND...
 
 A signal that a cluster sends while Python still starts would end it, or be lost. A held one waits, through exec too,
-until the program has set its handlers and takes the signals up (distributed.StopFlag does).
+until the program has set its handlers and takes the signals up (stopping.StopFlag does).
 """
 
 import os

@@ -9,7 +9,8 @@ import torch
 from dist_colorize.color.rebalance import LossConfig, class_weights, prior
 from dist_colorize.data import DataConfig, open_photographs
 from dist_colorize.data.histogram import count_colours
-from dist_colorize.distributed import DistributedConfig, StopFlag, session
+from dist_colorize.distributed import DistributedConfig, session
+from dist_colorize.stopping import StopFlag
 
 if __name__ == "__main__":
     result, sample = sys.argv[1], float(sys.argv[2])
