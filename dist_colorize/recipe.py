@@ -16,8 +16,8 @@ from dist_colorize.evaluation import EvaluateConfig
 from dist_colorize.models import ModelConfig
 from dist_colorize.optimisation import TrainConfig
 from dist_colorize.resources import resource
+from dist_colorize.run_folder import RunConfig
 from dist_colorize.slurm.settings import SlurmConfig
-from dist_colorize.tracking import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, metrics.jsonl, TensorBoard, status.json.
+"""What a run writes into its folder: metrics.jsonl, TensorBoard, status.json.
 
 run = open_run(RunConfig(), world, recipe_yaml)     # rank 0 prints `run: runs/colorize-20260101-120000-1a2b3c`
 with run:
@@ -9,17 +9,13 @@ with run:
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
-import re
-import shutil
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +25,9 @@ import numpy as np
 import yaml
 
 from dist_colorize.distributed import World
-from dist_colorize.errors import Interrupted, UserError
+from dist_colorize.errors import Interrupted
 from dist_colorize.files import write_atomically
+from dist_colorize.run_folder import RunConfig, attempts_file, make_run_folder
 
 State = Literal["running", "finished", "interrupted", "failed"]
 
@@ -44,57 +41,14 @@ STATUS_SECONDS = 2.0
 """How often status.json is renewed, so that a run that was killed can be told from one that works."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Where a run keeps what it writes."""
-
-    dir: str | None = None
-    """The run folder itself: a new one, or one to go on from. Empty: a new folder below `root`."""
-    root: str = "runs"
-    """Folder of all runs."""
-    name: str = "colorize"
-    """First part of a new run folder's name; time and a digest of the config follow."""
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.+-]{1,100}", self.name) or self.name.startswith("."):
-            raise ValueError(f'name must be letters, digits and ._+- without a dot in front, got "{self.name}"')
-        if self.dir == "":
-            raise ValueError("dir must be a folder, or null for a new one")
-
-
 def open_run(config: RunConfig, world: World, recipe_yaml: str) -> Run:
-    """Decide and make the run folder on rank 0, print it there, and open it on all ranks. A collective.
+    """Make the run folder on rank 0 and open it on all ranks. A collective.
 
-    The folder's config.yaml becomes `recipe_yaml`; another one that is there already is kept as config.1.yaml, ...
-    Workers that `torchrun --max-restarts` starts again find the folder of their first attempt, even without `dir`.
     Raises UserError (on all ranks) when the folder cannot be made.
     """
-    attempts = _attempts_file(config)
-
-    def prepare() -> str:
-        digest = hashlib.blake2b(recipe_yaml.encode("utf-8", "surrogateescape"), digest_size=3).hexdigest()
-        path = (
-            Path(config.dir)
-            if config.dir
-            else Path(config.root) / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}-{digest}"
-        )
-        try:
-            if attempts and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and attempts.exists():
-                path = Path(config.root, attempts.read_text(encoding="utf-8"))
-            elif not config.dir:
-                path = _new_folder(path)
-                if attempts:
-                    write_atomically(attempts, path.name.encode())
-            for part in ("checkpoints", "tensorboard", "panels"):
-                (path / part).mkdir(parents=True, exist_ok=True)
-            _write_config(path, recipe_yaml)
-        except OSError as error:
-            key = "run.dir" if config.dir else "run.root"
-            raise UserError(f"cannot make the run folder {path}: {error.strerror or error}; set {key}") from error
-        print(f"run: {path}", flush=True)
-        return str(path)
-
-    return Run(Path(world.wait_for(prepare)), world.is_leader, attempts)
+    attempts = attempts_file(config)
+    path = world.wait_for(lambda: make_run_folder(config, recipe_yaml, attempts))
+    return Run(path, world.is_leader, attempts)
 
 
 class Run:
@@ -294,25 +248,6 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _new_folder(path: Path) -> Path:
-    """Make a folder that nobody has: two runs may start in the same second."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for number in range(1, 1000):
-        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
-        with contextlib.suppress(FileExistsError):
-            candidate.mkdir()
-            return candidate
-    raise FileExistsError(f"{path} and 999 more are there already")
-
-
-def _write_config(path: Path, recipe_yaml: str) -> None:
-    current = path / "config.yaml"
-    if current.exists() and current.read_text(encoding="utf-8") != recipe_yaml:
-        number = next(n for n in range(1, sys.maxsize) if not (path / f"config.{n}.yaml").exists())
-        shutil.copy2(current, path / f"config.{number}.yaml")
-    write_atomically(current, recipe_yaml.encode())
-
-
 def _last_sign_of_life(path: Path) -> float:
     """When the run in this folder last wrote, in seconds since the epoch; 0 for a new one."""
     files = [path / "status.json", path / "metrics.jsonl", path / "checkpoints" / "latest"]
@@ -329,20 +264,6 @@ def _drop_after(path: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     write_atomically(path, "".join(kept).encode())
-
-
-def _attempts_file(config: RunConfig) -> Path | None:
-    """Where the attempts of one torchrun note the run folder; None where it is given or nothing starts workers again.
-
-    A hidden file in the folder of all runs. torchrun names a job by --rdzv-id, or by a random one (--standalone);
-    where it has no name, its own process is one.
-    """
-    job = os.environ.get("TORCHELASTIC_RUN_ID")
-    if config.dir or job is None:
-        return None
-    if job == "none":
-        job = f"{socket.gethostname()} {os.getppid()}"
-    return Path(config.root, f".torchrun-{hashlib.blake2b(job.encode(), digest_size=6).hexdigest()}")
 
 
 def _append(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The run folder: decided once, truthful after a resume, and no reason for a training to end."""
+"""What a run writes: truthful after a resume, and no reason for a training to end."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from dist_colorize.distributed import DistributedConfig, World, session
-from dist_colorize.errors import Interrupted, UserError
-from dist_colorize.tracking import RunConfig, open_run
+from dist_colorize.errors import Interrupted
+from dist_colorize.run_folder import RunConfig
+from dist_colorize.tracking import open_run
 
 
 @pytest.fixture
@@ -45,54 +46,14 @@ def status(path: Path) -> dict[str, Any]:
     return json.loads((path / "status.json").read_text())
 
 
-# ---------------------------------------------------------------- the folder
-
-
-def test_a_new_run_has_its_own_folder_and_says_so_first(
-    tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = RunConfig(root=str(tmp_path / "runs"), name="sepia")
-    first, second = open_run(config, world, "a: 1\n"), open_run(config, world, "a: 1\n")
-    assert first.path != second.path  # also within one second
-    assert re.fullmatch(r"sepia-\d{8}-\d{6}-[0-9a-f]{6}", first.path.name)
-    assert capsys.readouterr().out == f"run: {first.path}\nrun: {second.path}\n"
-    names = {p.name for p in first.path.iterdir()}
-    assert names == {"checkpoints", "tensorboard", "panels", "config.yaml", "status.json"}
-    assert (first.path / "config.yaml").read_text() == "a: 1\n"
-    assert (first.checkpoints, first.panels) == (first.path / "checkpoints", first.path / "panels")
-
-
-def test_a_given_folder_is_used_again_and_older_configs_are_kept(tmp_path: Path, world: World) -> None:
-    config = RunConfig(dir=str(tmp_path / "deep" / "my run"))
-    for text in ("a: 1\n", "a: 1\n", "a: 2\n", "a: 3\n"):
-        run = open_run(config, world, text)
-    assert run.path == tmp_path / "deep" / "my run"
-    texts = [(run.path / name).read_text() for name in ("config.yaml", "config.1.yaml", "config.2.yaml")]
-    assert texts == ["a: 3\n", "a: 1\n", "a: 2\n"]
-    assert not (run.path / "config.3.yaml").exists()
-
-
-def test_a_folder_that_cannot_be_made_is_named_with_its_key(tmp_path: Path, world: World) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot make the run folder .*file/run: Not a directory; set run.dir"):
-        open_run(RunConfig(dir=str(tmp_path / "file" / "run")), world, "")
-    with pytest.raises(UserError, match=r"set run\.root"):
-        open_run(RunConfig(root=str(tmp_path / "file")), world, "")
-
-
-@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "..", "x" * 101, "a b"])
-def test_a_name_cannot_leave_the_folder_of_runs(name: str) -> None:
-    with pytest.raises(ValueError, match="name must be letters"):
-        RunConfig(name=name)
-
-
 @pytest.mark.world_size(2)
 def test_all_ranks_get_one_folder_and_one_rank_writes(tmp_path: Path, torchrun: Any) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import sys\n"
         "from dist_colorize.distributed import DistributedConfig, session\n"
-        "from dist_colorize.tracking import RunConfig, open_run\n"
+        "from dist_colorize.run_folder import RunConfig\n"
+        "from dist_colorize.tracking import open_run\n"
         "with session(DistributedConfig(device='cpu')) as world:\n"
         "    with open_run(RunConfig(root=sys.argv[1]), world, 'a: 1') as run:\n"
         "        run.resume(0)\n"
@@ -105,9 +66,6 @@ def test_all_ranks_get_one_folder_and_one_rank_writes(tmp_path: Path, torchrun: 
     (path,) = (tmp_path / "runs").iterdir()
     assert done.stdout == f"run: {path}\n"
     assert lines(path) == [{"step": 1, "rank": 0.0}]
-
-
-# ---------------------------------------------------------------- the logs
 
 
 def test_logs_after_a_resume_are_those_of_one_run(tmp_path: Path, world: World) -> None:
