@@ -70,7 +70,10 @@ class Launcher:
 
 
 class Heartbeat:
-    """Gives this rank's signs of life in a thread, from entering it as a context to leaving it."""
+    """Gives this rank's signs of life in a thread, from entering it as a context to leaving it.
+
+    `store` is a connection that nobody else uses: one that waits for a key is held.
+    """
 
     def __init__(self, store: dist.Store, rank: int, size: int, launcher: Launcher) -> None:
         self._store, self._rank, self._size, self._launcher = store, rank, size, launcher

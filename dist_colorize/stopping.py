@@ -39,9 +39,8 @@ class StopFlag:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if (
-            self._first is None
-        ):  # else the launcher's echo of the signal may still come, and must not end us halfway out
+        # After a signal the launcher's echo of it may still come, and must not end us halfway out.
+        if self._first is None:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
 

@@ -14,13 +14,11 @@ from typing import TypeVar
 
 from dist_colorize.errors import OK
 from dist_colorize.heartbeat import Launcher, PeerLost
-from dist_colorize.rendezvous import Rendezvous
+from dist_colorize.rendezvous import TORCHRUN_SECONDS, Rendezvous
 from dist_colorize.stopping import StopFlag
 
 Item = TypeVar("Item")
 
-STORE_SECONDS = 30
-"""How long a rank tries to reach torchrun's store."""
 POLL_SECONDS = 0.2
 """How often a rank that failed looks whether the others have finished."""
 
@@ -62,7 +60,7 @@ class Ranks:
         if self.size == 1 or not launcher.serves:
             return code
         try:
-            store = Rendezvous(self.rank, self.size, STORE_SECONDS, launcher).store
+            store = Rendezvous(self.rank, self.size, TORCHRUN_SECONDS, launcher).store
             store.set(f"finished/{self.rank}", str(code))
             everyone = [f"finished/{rank}" for rank in range(self.size)]
             while code != OK and not stop.requested and not store.check(everyone):
