@@ -102,7 +102,10 @@ def start(arguments: list[str], cache: dict[str, str], log: Path) -> subprocess.
 
 
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("given", [True, False], ids=["run.dir given", "run.dir not given"])
+@pytest.mark.parametrize(
+    "given",
+    [pytest.param(True, id="run.dir given", marks=pytest.mark.slow), pytest.param(False, id="run.dir not given")],
+)
 def test_torchrun_heals_a_run_that_lost_a_rank(tmp_path: Path, cache: dict[str, str], given: bool) -> None:
     where = f"run.dir={tmp_path / 'runs' / 'one'}" if given else f"run.root={tmp_path / 'runs'}"
     many = [*TINY, where, "train.steps=40", "train.validate_every=0", "evaluate.pictures=0"]

@@ -148,6 +148,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(train: Train, finished: Path, t
     assert losses(cut) == losses(finished)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_to_the_bit_at_four_ranks(train: Train, tmp_path: Path) -> None:
     """From three ranks on the order of summation matters, and DDP changes it after its first backward pass."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -270,6 +271,7 @@ def test_another_recipe_does_not_resume_a_run(train: Train, finished: Path, tmp_
         assert last_state(cut)["step"] == 6
 
 
+@pytest.mark.slow
 def test_more_ranks_than_photographs(train: Train, tmp_path: Path) -> None:
     photographs = tmp_path / "photographs"
     photographs.mkdir()
