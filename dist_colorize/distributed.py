@@ -186,9 +186,9 @@ def session(config: DistributedConfig) -> Iterator[World]:
     """
     rank, size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
     local_rank, local_size = environment_number("LOCAL_RANK", 0), environment_number("LOCAL_WORLD_SIZE", 1)
-    device = own_device(config, local_rank)
     launcher = Launcher()
     meeting = Rendezvous(rank, size, config.timeout, launcher)
+    device = own_device(config, local_rank)  # where rank 0 has none, the others hear of it as its store goes
     backend = _agreed_backend(config, meeting.exchange("identity", _identity(device)))
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -93,11 +93,12 @@ class Rendezvous:
         def answers() -> bool:
             nonlocal refusal
             try:
-                socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+                with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as connection:
+                    # Where nobody listens yet, the system may give this very port to our end, which then meets itself.
+                    return bool(connection.getsockname() != connection.getpeername())
             except OSError as error:
                 refusal = error
                 return False
-            return True
 
         server, seconds = "rank 0", self._seconds
         if self._launcher.serves:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dist_colorize.distributed import DistributedConfig, World, session
-from dist_colorize.errors import Interrupted
+from dist_colorize.errors import Interrupted, UserError
 from dist_colorize.run_folder import RunConfig
 from dist_colorize.tracking import open_run
 
@@ -44,6 +44,19 @@ def points(path: Path, tag: str) -> list[tuple[int, float]]:
 
 def status(path: Path) -> dict[str, Any]:
     return json.loads((path / "status.json").read_text())
+
+
+def test_an_open_run_has_its_folder_and_a_status(tmp_path: Path, world: World) -> None:
+    run = open_run(RunConfig(root=str(tmp_path)), world, "a: 1\n")
+    names = {path.name for path in run.path.iterdir()}
+    assert names == {"checkpoints", "tensorboard", "panels", "config.yaml", "status.json"}
+    assert (run.checkpoints, run.panels) == (run.path / "checkpoints", run.path / "panels")
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_the_user(tmp_path: Path, world: World) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot make the run folder .*file/run: Not a directory; set run.dir"):
+        open_run(RunConfig(dir=str(tmp_path / "file" / "run")), world, "")
 
 
 @pytest.mark.world_size(2)

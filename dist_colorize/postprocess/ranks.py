@@ -6,7 +6,6 @@ launch/slurm.py set them. When one dies, its unfinished photographs are all that
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TypeVar
 
 from dist_colorize.errors import OK
 from dist_colorize.heartbeat import Launcher, PeerLost
-from dist_colorize.rendezvous import TORCHRUN_SECONDS, Rendezvous
+from dist_colorize.rendezvous import TORCHRUN_SECONDS, Rendezvous, environment_number
 from dist_colorize.stopping import StopFlag
 
 Item = TypeVar("Item")
@@ -34,8 +33,8 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        return cls(*(int(os.environ.get(name, default)) for name, default in names.items()))
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        return cls(*(environment_number(name, default) for name, default in names.items()))
 
     @property
     def is_leader(self) -> bool:
