@@ -26,9 +26,12 @@ FOLDERS = {
 }
 present = [folder for folder in FOLDERS if (HERE / folder).is_dir()]
 
+# DALI 2.3 and 2.4 require nvImageCodec 0.9, whose GPU decoder crashes on regions of JPEG files (NVIDIA/nvImageCodec#55).
+DALI = ">=2.1,<2.3"
+CUPY = ">=14"
 CUDA_WHEELS = {
-    "13": ["nvidia-dali-cuda130", "cupy-cuda13x"],
-    "12": ["nvidia-dali-cuda120", "cupy-cuda12x"],
+    "13": ["nvidia-dali-cuda130" + DALI, "cupy-cuda13x" + CUPY],
+    "12": ["nvidia-dali-cuda120" + DALI, "cupy-cuda12x" + CUPY],
 }
 cuda = os.environ.get("DIST_COLORIZE_CUDA", "13")
 if cuda not in CUDA_WHEELS:
@@ -57,8 +60,8 @@ setup(
         **{f"dist_colorize.{folder}": FOLDERS[folder] for folder in present},
     },
     install_requires=[
-        "torch>=2.14,<2.15",  # linear_cross_entropy, which never builds the logits, is new in 2.14
-        "torchvision>=0.29,<0.30",  # VGG16-BN and its pretrained weights
+        "torch>=2.11",
+        "torchvision>=0.26",  # VGG16-BN and its pretrained weights
         *CUDA_WHEELS[cuda],  # decoding and augmentation; launch of our kernels and the compiler they need
         "numpy",
         "numba",  # loops over pixels on a CPU, one pass in place of many operators: compiled.py

@@ -25,7 +25,7 @@ from dist_colorize.color.gamut import BINS
 from dist_colorize.distributed import World
 from dist_colorize.models import METHODS, ModelConfig, TrainingModule, build
 from dist_colorize.models.network import OUTPUT_STRIDE
-from dist_colorize.models.objectives.classification import CHUNK
+from dist_colorize.models.objectives.linear_cross_entropy import CHUNK
 from dist_colorize.optimisation import DTYPE, Optimisation, TrainConfig
 
 

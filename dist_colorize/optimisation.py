@@ -108,7 +108,7 @@ class Optimisation:
         self.ddp = DistributedDataParallel(
             module,
             device_ids=[world.device] if world.device.type == "cuda" else None,
-            forward_sync_buffers=False,
+            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
         self.parameters = [p for p in module.parameters() if p.requires_grad]

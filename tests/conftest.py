@@ -14,6 +14,9 @@ import pytest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""For `parametrize("device", DEVICES)`: what must hold on a CPU and on a GPU alike."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the slow tests too")

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHECKOUT
+from conftest import CHECKOUT, DEVICES
 
 from dist_colorize import config
 from dist_colorize.color.gamut import BINS, bin_centers
 from dist_colorize.color.lab import AB_SCALE
 from dist_colorize.models import METHODS, ModelConfig, TrainingModule, build, initialise
 from dist_colorize.models.objectives import Perceptual
-from dist_colorize.models.objectives import soft as soft_targets
+from dist_colorize.models.objectives.linear_cross_entropy import CHUNK, linear_cross_entropy
 from dist_colorize.postprocess.cpu import TorchBackend
 from dist_colorize.postprocess.stages import decode_and_run, load_preset
 from dist_colorize.recipe import Recipe
@@ -83,18 +83,59 @@ def test_classification_losses_equal_dense_cross_entropy(method: str) -> None:
         assert (ours.grad - theirs.grad).abs().max() <= 3e-3 * theirs.grad.abs().max() + 1e-6
 
 
-def test_soft_targets_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = module("final_soft")
-    losses, gradients = [], []
-    for size in (4096, 100):
-        monkeypatch.setitem(soft_targets.CHUNK, "cpu", size)
-        one.zero_grad()
-        loss, _ = one(*photographs())
-        loss.backward()
-        losses.append(loss.item())
-        gradients.append(one.network.head.weight.grad.clone())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bins", "count", "chunk"), [(1, 1000, 256), (5, 1000, 300), (5, 1, 64), (1, 64, 64)])
+def test_linear_cross_entropy_equals_the_dense_one_in_float64(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, bins: int, count: int, chunk: int
+) -> None:
+    monkeypatch.setitem(CHUNK, device, chunk)
+    random = torch.Generator().manual_seed(3)
+    rows = torch.randn(count, 64, generator=random).to(dtype)
+    weight, bias = 0.3 * torch.randn(BINS, 64, generator=random), torch.randn(BINS, generator=random)
+    labels = torch.stack([torch.randperm(BINS, generator=random)[:bins] for _ in range(count)])
+    shares = torch.rand(count, bins, generator=random).add_(0.1)
+    shares /= shares.sum(dim=1, keepdim=True)
+    row_weights = 3 * torch.rand(count, generator=random)
+
+    ours = [tensor.to(device, copy=True).requires_grad_() for tensor in (rows, weight, bias)]
+    with torch.autocast(device, torch.bfloat16):  # must not reach the products inside
+        loss = linear_cross_entropy(*ours, labels.to(device), shares.to(device), row_weights.to(device))
+    (loss / 7).backward()
+
+    exact = [tensor.double().requires_grad_() for tensor in (rows, weight, bias)]
+    targets = torch.zeros(count, BINS).double().scatter_(1, labels, shares.double())
+    each = F.cross_entropy(exact[0] @ exact[1].T + exact[2], targets, reduction="none")
+    expected = (row_weights.double() * each).sum()
+    (expected / 7).backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for one, other in zip(ours, exact, strict=True):
+        assert one.grad is not None and other.grad is not None and one.grad.dtype == one.dtype
+        # what the loss computes in fp32 is rounded to the dtype of the rows at the end
+        error = 1e-6 if one.dtype == torch.float32 else torch.finfo(one.dtype).eps
+        assert (one.grad.cpu() - other.grad).abs().max() <= error * max(1.0, other.grad.abs().max().item())
+
+
+def test_linear_cross_entropy_survives_logits_beyond_the_range_of_exp() -> None:
+    rows, weight = torch.tensor([[300.0], [-300.0]]), torch.tensor([[1.0], [-1.0], [0.0]]).requires_grad_()
+    labels, ones = torch.tensor([[1], [1]]), torch.ones(2, 1)
+    loss = linear_cross_entropy(rows, weight, torch.zeros(3), labels, ones, torch.ones(2))
+    loss.backward()
+    assert loss.item() == 600.0  # the first row is certain of bin 0, the second of bin 1
+    assert weight.grad is not None and torch.equal(weight.grad, torch.tensor([[300.0], [-300.0], [0.0]]))
+
+
+def test_fp16_features_whose_unscaled_gradient_leaves_its_range_are_exact_after_scaling() -> None:
+    random = torch.Generator().manual_seed(4)
+    rows = torch.randn(50, 64, generator=random).half().requires_grad_()
+    weight, labels = 100 * torch.randn(BINS, 64, generator=random), torch.zeros(50, 1, dtype=torch.int64)
+    loss = linear_cross_entropy(rows, weight, torch.zeros(BINS), labels, torch.ones(50, 1), torch.full((50,), 1e4))
+    (loss * 1e-6).backward()
+    exact = rows.detach().double().requires_grad_()
+    F.cross_entropy(exact @ weight.double().T, labels[:, 0], reduction="sum").mul(1e4 * 1e-6).backward()
+    assert rows.grad is not None and exact.grad is not None
+    torch.testing.assert_close(rows.grad.double(), exact.grad, rtol=2e-3, atol=1e-3)
 
 
 def test_squared_error_is_that_of_the_decoded_colours() -> None:

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from dist_colorize.color.gamut import Gamut
 from dist_colorize.models.network import OUTPUT_STRIDE
 from dist_colorize.models.objectives.base import Objective
-
-CHUNK = {"cpu": 4096, "cuda": 65536}
-"""Pixels whose logits exist at a time in the chunked loss: about 5 MB on a CPU, 80 MB (fp32) on a GPU."""
+from dist_colorize.models.objectives.linear_cross_entropy import linear_cross_entropy
 
 
 class CrossEntropy(Objective):
@@ -27,26 +25,25 @@ class CrossEntropy(Objective):
         self.register_buffer("class_weights", weights, persistent=False)
         self.class_weights: Tensor
 
+    def targets(self, ab: Tensor) -> tuple[Tensor, Tensor]:
+        """ab [B, 2, h, w] -> labels int64 [B, S, h, w], the nearest bin first, and their shares fp32, of sum 1."""
+        labels = self.gamut.nearest(ab).long().unsqueeze(1)
+        return labels, torch.ones_like(labels, dtype=torch.float32)
+
     def forward(self, features: Tensor, head: nn.Conv2d, lightness: Tensor, ab: Tensor) -> tuple[Tensor, Tensor]:
-        # labels: [B, H/2, W/2] -> [B * H/2 * W/2]
-        labels = self.gamut.nearest(F.avg_pool2d(ab, OUTPUT_STRIDE)).flatten().long()
-        # [B, 64, h, w] -> [B * h * w, 64]: a view, as the features lie channels last. In fp32: the sum over all pixels
-        # has the dtype of the rows, and would be rounded to 3 digits in bf16 and infinite in fp16.
-        rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1]).float()
-        loss = F.linear_cross_entropy(
-            rows,
-            # [313, 64, 1, 1] -> [313, 64]
-            head.weight.flatten(1),
-            labels,
-            linear_bias=head.bias,
-            weight=self.class_weights,
-            reduction="sum",
-            options=torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=CHUNK[rows.device.type]),
+        assert head.bias is not None
+        # [B, C, h, w] -> [B * h * w, C] each: a view of the features where they lie channels last
+        rows, labels, shares = (
+            tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
+            for tensor in (features, *self.targets(F.avg_pool2d(ab, OUTPUT_STRIDE)))
         )
-        return loss, self.class_weights[labels].sum()
+        weights = self.class_weights[labels[:, 0]]
+        # head: [313, 64, 1, 1] -> [313, 64]
+        loss = linear_cross_entropy(rows, head.weight.flatten(1), head.bias, labels, shares, weights)
+        return loss, weights.sum()
 
 
 class RebalancedCrossEntropy(CrossEntropy):
-    """Each pixel weighted by its true bin's class weight (Zhang et al. 2016, eq. 2): rare colours count more."""
+    """Each pixel weighted by its true bin's class weight (Zhang et al. 2016, eq. 2): rare colors count more."""
 
     rebalances: ClassVar[bool] = True
