@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from dist_colorize.color.gamut import BINS
 from dist_colorize.distributed import World
 from dist_colorize.models import METHODS, ModelConfig, TrainingModule, build
-from dist_colorize.models.network import OUTPUT_STRIDE
+from dist_colorize.models.network import OUTPUT_STRIDE, Network
 from dist_colorize.models.objectives.linear_cross_entropy import CHUNK
 from dist_colorize.optimisation import DTYPE, Optimisation, TrainConfig
 
@@ -58,7 +58,7 @@ def memory(model: ModelConfig, train: TrainConfig, images: int, side: int, devic
     module = _module(model)
     fake, alive = FakeTensorMode(), _Alive()
     weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-    average = 0 if train.ema is None else sum(tensor.nbytes for tensor in module.network.parameters())
+    average = 0 if train.ema is None else _trained_bytes(module.network)
     for part in module.modules():
         tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
         for table in tables:
@@ -100,11 +100,10 @@ def traffic(model: ModelConfig, train: TrainConfig) -> int:
 
 
 def checkpoint_bytes(model: ModelConfig, train: TrainConfig) -> int:
-    """Size of a checkpoint: weights, the moving average, Adam's moments."""
+    """Size of a checkpoint: all weights, Adam's two moments of the trained ones, and their moving average."""
     network = build(model)
     weights = sum(tensor.nbytes for tensor in network.state_dict().values())
-    trained = sum(parameter.nbytes for parameter in network.parameters() if parameter.requires_grad)
-    return weights * (1 if train.ema is None else 2) + 2 * trained
+    return weights + _trained_bytes(network) * (2 if train.ema is None else 3)
 
 
 class Sent(TorchDispatchMode):
@@ -147,6 +146,10 @@ class _Alive(TorchDispatchMode):
     def _release(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _trained_bytes(network: Network) -> int:
+    return sum(parameter.nbytes for parameter in network.parameters() if parameter.requires_grad)
 
 
 def _module(model: ModelConfig) -> TrainingModule:

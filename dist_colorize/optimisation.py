@@ -11,6 +11,7 @@ skip alike; the decision stays on the device, in the optimizer's own kernel, and
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -20,16 +21,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_colorize.distributed import World
 from dist_colorize.errors import UserError
 from dist_colorize.hardware import default_precision
 from dist_colorize.models import TrainingModule
 from dist_colorize.models.network import MULTIPLE, OUTPUT_STRIDE, Network
+from dist_colorize.moving_average import MovingAverage
 from dist_colorize.profiling import span
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_KEYWORDS = inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    # the name since torch 2.14, which deprecates the other one
+    ("forward_sync_buffers" if "forward_sync_buffers" in _KEYWORDS else "broadcast_buffers"): False
+}
+"""DDP's keyword for: buffers are constants, so that ranks need not send them at every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,17 +115,15 @@ class Optimisation:
         self.ddp = DistributedDataParallel(
             module,
             device_ids=[world.device] if world.device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **_NO_BUFFER_SYNC,
         )
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.adam = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == "fp16")
         self.skipped = torch.zeros(2, dtype=torch.int64, device=world.device)
         """Steps skipped as loss or gradient were not finite: in all, and in a row by now. Reading waits for the GPU."""
-        self.average = None
-        if config.ema is not None:
-            self.average = AveragedModel(module.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.average = None if config.ema is None else MovingAverage(module.network, config.ema)
         self._settle()
 
     def _settle(self) -> None:
@@ -136,8 +141,7 @@ class Optimisation:
     @property
     def network(self) -> Network:
         """The network to evaluate: the moving average where there is one."""
-        network: Network = self.module.network if self.average is None else self.average.module  # type: ignore[assignment]
-        return network
+        return self.module.network if self.average is None else self.average.network
 
     def step(self, number: int, lightness: Tensor, ab: Tensor) -> Tensor:
         """One optimizer step on this rank's L [B, 1, H, W] and ab [B, 2, H, W]; returns the global mean loss, 0-dim.
@@ -163,6 +167,8 @@ class Optimisation:
             loss_sum, weight_sum = self.world.sum_(sums)
         with span("optimizer"):
             self._apply(loss_sum, weight_sum, pixels)
+            if self.average is not None:
+                self.average.update(number)
         return loss_sum / weight_sum
 
     def _apply(self, loss_sum: Tensor, weight_sum: Tensor, pixels: int) -> None:
@@ -178,8 +184,6 @@ class Optimisation:
         self.adam.step()
         self.scaler.update()
         self.adam.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update_parameters(self.module.network)
 
     def _scale_gradients(self, factor: Tensor) -> Tensor:
         """Multiplies all gradients by the factor, then by what clipping asks for; returns the norm before clipping."""
@@ -196,7 +200,7 @@ class Optimisation:
         return {
             "model": self.module.network.state_dict(),
             "objective": self.module.objective.state_dict(),
-            "ema": None if self.average is None else self.average.module.state_dict(),
+            "ema": None if self.average is None else self.average.state_dict(),
             "optimizer": self.adam.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
@@ -207,9 +211,8 @@ class Optimisation:
         self.module.network.load_state_dict(state["model"])
         self.module.objective.load_state_dict(state["objective"])
         if self.average is not None:
-            self.average.module.load_state_dict(state["ema"] or state["model"])
-            self.average.n_averaged.fill_(1)
+            self.average.load_state_dict(state["ema"] or state["model"])
         self.adam.load_state_dict(state["optimizer"])
         self.skipped.copy_(state["skipped"])
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and state["scaler"]:  # empty where the run was not fp16 until now
             self.scaler.load_state_dict(state["scaler"])

@@ -76,13 +76,23 @@ class Checkpoints:
     ) -> None:
         """`facts`: what every checkpoint holds besides the state of the optimisation."""
         self._recipe, self._world, self._optimisation = recipe, world, optimisation
-        self._facts = {**facts, "config": config.to_dict(recipe), "run": str(run.path), "threads": world.threads}
+        self._facts = {
+            **facts,
+            "config": config.to_dict(recipe),
+            "run": str(run.path),
+            "threads": world.threads,
+            "precision": optimisation.precision,
+        }
         self._writer = Writer(run.checkpoints, recipe.checkpoint.keep)
         self._saved = 0
         self._best: float | None = None
 
     def restore(self, state: Mapping[str, Any]) -> int:
-        """Puts the state of a checkpoint back; returns its step."""
+        """Puts the state of a checkpoint back; returns its step. Says when this run computes in another precision."""
+        then, now = state.get("precision"), self._optimisation.precision
+        if self._world.is_leader and then not in (None, now):
+            scale = "; the loss scale of fp16 starts anew" if now == "fp16" else ""
+            print(f"made in {then}, resumed in {now}{scale} (see train.precision)", flush=True)
         self._optimisation.load_state_dict(state)
         torch.set_rng_state(state["rng"][self._world.rank % len(state["rng"])])
         self._saved, self._best = int(state["step"]), state["best"]

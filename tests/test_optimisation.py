@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICES
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_colorize.color.gamut import BINS
+from dist_colorize.distributed import DistributedConfig, session
 from dist_colorize.errors import UserError
-from dist_colorize.models import ModelConfig, TrainingModule, build, initialise
+from dist_colorize.models import METHODS, ModelConfig, TrainingModule, build, initialise
 from dist_colorize.models.objectives import RebalancedCrossEntropy
-from dist_colorize.optimisation import TrainConfig
+from dist_colorize.optimisation import Optimisation, TrainConfig
 
 WORKER = Path(__file__).parent / "workers" / "steps.py"
 Torchrun = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -54,10 +60,133 @@ def test_bf16_follows_fp32(torchrun: Torchrun, tmp_path: Path, alone: dict[str, 
     assert run(torchrun, tmp_path, 1, "bf16")["losses"] == pytest.approx(alone["losses"], rel=2e-3)
 
 
-def test_moving_average_lags_behind(torchrun: Torchrun, tmp_path: Path, alone: dict[str, Any]) -> None:
+def test_moving_average_is_the_one_by_the_book(torchrun: Torchrun, tmp_path: Path, alone: dict[str, Any]) -> None:
     found = run(torchrun, tmp_path, 1, "fp32", "null", "0.9")
     assert furthest(found["model"], alone["model"]) == 0
+    first, second, third = (found[name] for name in ("before", "after", "model"))
+    for name, average in found["ema"].items():
+        after_two = 0.9 * first[name].double() + 0.1 * second[name].double()
+        torch.testing.assert_close(average.double(), 0.9 * after_two + 0.1 * third[name].double(), rtol=1e-6, atol=1e-7)
     assert 0 < furthest(found["ema"], found["model"]) < 0.01
+
+
+class HostReads(TorchDispatchMode):
+    """Notes operations that make the host wait for a GPU: numbers read from tensors, tensors made from numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def optimisation(device: str, model: ModelConfig, **settings: Any) -> Iterator[Optimisation]:
+    """One rank, a narrow network with random weights."""
+    torch.manual_seed(0)
+    network = build(model)
+    torch.nn.init.normal_(network.head.weight, std=0.1)
+    module = TrainingModule(network, METHODS[model.method](torch.linspace(0.2, 3, BINS)))
+    with session(DistributedConfig(device=device)) as world:
+        config = TrainConfig(**{"steps": 10, "global_batch": 4, "warmup": 2, "precision": "fp32"} | settings)
+        yield Optimisation(module.to(world.device), config, world)
+
+
+def crops(device: torch.device, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lightness, ab = torch.rand(4, 1, 32, 32, generator=generator), torch.randn(4, 2, 32, 32, generator=generator)
+    return 100 * lightness.to(device), 20 * ab.to(device)
+
+
+NARROW = ModelConfig(width=0.125, encoder="a file")
+"""The encoder is frozen, as for a pretrained one."""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_reads_nothing_back_from_the_device(method: str, precision: str) -> None:
+    model = replace(NARROW, method=method)
+    with optimisation("cpu", model, ema=0.9, precision=precision, micro_batch=2) as one:
+        batch = crops(one.world.device)
+        one.step(0, *batch)
+        with HostReads() as reads:
+            one.step(1, *batch)
+    assert reads.found == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("method", METHODS)
+def test_five_steps_never_wait_for_the_gpu(method: str, precision: str) -> None:
+    with optimisation("cuda", replace(NARROW, method=method), ema=0.9, precision=precision, micro_batch=2) as one:
+        batch = crops(one.world.device)
+        one.step(0, *batch)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for number in range(1, 6):
+                one.step(number, *batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert one.skipped.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_average_holds_frozen_weights_once(device: str) -> None:
+    with optimisation(device, NARROW, ema=0.9) as one:
+        one.step(0, *crops(one.world.device))
+        network, average = one.module.network, one.network
+        for name, weight in network.named_parameters():
+            shared = average.get_parameter(name).data_ptr() == weight.data_ptr()
+            assert shared == name.startswith("encoder.") == (name not in one.state_dict()["ema"])
+        assert torch.equal(network.head.weight, average.head.weight)
+        one.step(1, *crops(one.world.device, 1))
+        assert not torch.equal(network.head.weight, average.head.weight)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_batch_with_nan_changes_no_bit(device: str, precision: str) -> None:
+    with optimisation(device, NARROW, precision=precision) as one:
+        lightness, ab = crops(one.world.device)
+        one.step(0, lightness, ab)
+        before = {name: weight.clone() for name, weight in one.module.state_dict().items()}
+        one.step(1, lightness * float("nan"), ab)
+        assert one.skipped.tolist() == [1, 1]
+        assert all(torch.equal(weight, before[name]) for name, weight in one.module.state_dict().items())
+        scale = one.scaler.get_scale()
+        assert precision != "fp16" or scale == 2.0**15  # halved once
+        assert torch.isfinite(one.step(2, lightness, ab))
+        assert one.skipped.tolist() == [1, 0]
+        assert furthest(before, one.module.state_dict()) > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("then", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("now", ["bf16", "fp16", "fp32"])
+def test_every_precision_resumes_every_other(device: str, then: str, now: str) -> None:
+    with optimisation(device, NARROW, precision=then, ema=0.9) as one:
+        for number in range(3):
+            one.step(number, *crops(one.world.device, number))
+        state = copy.deepcopy(one.state_dict())
+    with optimisation(device, NARROW, precision=now, ema=0.9) as other:
+        other.load_state_dict(state)
+        assert furthest(state["model"], other.module.network.state_dict()) == 0
+        assert furthest(state["ema"], other.state_dict()["ema"]) == 0
+        loss = other.step(3, *crops(other.world.device, 3))
+    assert torch.isfinite(loss) and other.skipped.tolist() == [0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2), ("fp16", 5e-3)])
+def test_a_gpu_trains_as_the_cpu_does(precision: str, tolerance: float) -> None:
+    losses = {}
+    for device, own in (("cpu", "fp32"), ("cuda", precision)):
+        with optimisation(device, NARROW, precision=own, micro_batch=2) as one:
+            losses[device] = [one.step(n, *crops(one.world.device, n)).item() for n in range(5)]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=tolerance)
 
 
 def test_first_loss_and_update_equal_the_plain_computation(alone: dict[str, Any]) -> None:

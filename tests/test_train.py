@@ -204,7 +204,7 @@ def test_a_frozen_encoder_from_a_file(train: Train, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     state = last_state(run)
     frozen = [name for name in state["model"] if name.startswith("encoder.")]
-    assert all(torch.equal(state["model"][name], state["ema"][name]) for name in frozen)
+    assert state["ema"].keys() == state["model"].keys() - set(frozen)
     assert len(state["optimizer"]["state"]) == len(state["model"]) - len(frozen)
     assert json.loads((run / "evaluation.json").read_text())["protocol"]["photographs"] < 8
 

@@ -6,6 +6,9 @@ Images have their channels at axis -3: [..., 3, H, W]. L is 0..100, a and b abou
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,22 +20,18 @@ EPSILON, SLOPE, OFFSET = 0.008856, 7.787, 16.0 / 116.0
 """CIE's f(t) is the cube root above EPSILON and SLOPE * t + OFFSET below."""
 AB_SCALE = 110.0
 """Networks that predict ab itself put out ab / AB_SCALE: about -1..1, and steps of the size that other weights take."""
+_RGB_FROM_XYZ: list[list[float]] = np.linalg.inv(XYZ_FROM_RGB).tolist()
 GAMUT_STEPS = 12
 """Bisection steps of `clamp_to_gamut`: chroma is right to 1 part in 4096, well below one 8-bit level."""
 
 
-def _mix(image: Tensor, matrix: Tensor) -> Tensor:
-    """Multiplies the colour vector of every pixel, [..., 3, H, W], by a 3 x 3 matrix."""
-    return torch.einsum("rc,...chw->...rhw", matrix.to(image), image)
+# Matrices are applied as Python numbers: a tensor made at each call would be copied to the GPU, and waits for it.
 
 
-def _rgb_from_xyz() -> Tensor:
-    return torch.linalg.inv(torch.tensor(XYZ_FROM_RGB, dtype=torch.float64))
-
-
-def _white(image: Tensor) -> Tensor:
-    # 3 -> 3, 1, 1: one factor a channel
-    return torch.tensor(WHITE, dtype=torch.float64).to(image).view(3, 1, 1)
+def _mix(planes: Iterable[Tensor], matrix: Sequence[Sequence[float]]) -> list[Tensor]:
+    """Each row of the matrix times three planes of any shape."""
+    x, y, z = planes
+    return [row[0] * x + row[1] * y + row[2] * z for row in matrix]
 
 
 def linear_from_srgb(rgb: Tensor) -> Tensor:
@@ -57,8 +56,8 @@ def _f_inverse(f: Tensor) -> Tensor:
 
 def srgb_to_lab(rgb: Tensor) -> Tensor:
     """sRGB [..., 3, H, W] in 0..1 -> Lab [..., 3, H, W] (CIE 15:2004, 8.2.1)."""
-    f = _f(_mix(linear_from_srgb(rgb), torch.tensor(XYZ_FROM_RGB, dtype=torch.float64)) / _white(rgb))
-    x, y, z = f.unbind(-3)
+    xyz = _mix(linear_from_srgb(rgb).unbind(-3), XYZ_FROM_RGB)
+    x, y, z = (_f(plane / white) for plane, white in zip(xyz, WHITE, strict=True))
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=-3)
 
 
@@ -66,14 +65,15 @@ def lab_to_srgb(lab: Tensor) -> Tensor:
     """Lab [..., 3, H, W] -> sRGB [..., 3, H, W], not clipped: outside 0..1 where the colour is outside the gamut."""
     lightness, a, b = lab.unbind(-3)
     y = (lightness + 16) / 116
-    xyz = _f_inverse(torch.stack([y + a / 500, y, y - b / 200], dim=-3)) * _white(lab)
-    return srgb_from_linear(_mix(xyz, _rgb_from_xyz()))
+    f = (y + a / 500, y, y - b / 200)
+    xyz = (_f_inverse(plane) * white for plane, white in zip(f, WHITE, strict=True))
+    return srgb_from_linear(torch.stack(_mix(xyz, _RGB_FROM_XYZ), dim=-3))
 
 
 def lightness(rgb: Tensor) -> Tensor:
     """L* of sRGB: [..., 3, H, W] in 0..1 -> [..., 1, H, W] in 0..100."""
-    luminance = _mix(linear_from_srgb(rgb), torch.tensor(XYZ_FROM_RGB[1:2], dtype=torch.float64))
-    return 116 * _f(luminance) - 16
+    (luminance,) = _mix(linear_from_srgb(rgb).unbind(-3), XYZ_FROM_RGB[1:2])
+    return 116 * _f(luminance.unsqueeze(-3)) - 16
 
 
 def gray_from_lightness(lightness: Tensor) -> Tensor:

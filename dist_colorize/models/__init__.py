@@ -96,5 +96,5 @@ def restore(state: Mapping[str, Any]) -> Network:
     if not isinstance(state.get("config"), Mapping) or "model" not in state:
         raise UserError("checkpoint: has no 'config' and 'model'; it was not written by dist_colorize.train")
     network = build(configuration.build(ModelConfig, dict(state["config"].get("model", {})), "the checkpoint's config"))
-    load_module(network, state.get("ema") or state["model"], "the checkpoint")
+    load_module(network, {**state["model"], **(state.get("ema") or {})}, "the checkpoint")
     return network.eval().requires_grad_(False)

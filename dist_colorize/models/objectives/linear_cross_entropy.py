@@ -1,8 +1,8 @@
 """Cross entropy of a linear layer's logits, without ever holding all the logits.
 
 Chunk by chunk the forward pass computes the logits, the loss and at once all three gradients; the backward pass only
-scales them. Memory is that of one chunk of logits and of the gradients. Products and sums are fp32, also under autocast:
-a sum over a million pixels is rounded to 3 digits in bf16, and infinite in fp16.
+scales them. Memory is that of one chunk of logits and of the gradients. Products and sums are fp32, under autocast as
+well: a sum over a million pixels is rounded to 3 digits in bf16, and infinite in fp16.
 """
 
 from __future__ import annotations

@@ -21,5 +21,5 @@ class SquaredError(Objective):
     def forward(self, features: Tensor, head: nn.Conv2d, lightness: Tensor, ab: Tensor) -> tuple[Tensor, Tensor]:
         target = F.avg_pool2d(ab, OUTPUT_STRIDE) / AB_SCALE
         predicted = predicted_ab(features, head)
-        pixels = target.new_tensor(float(target[:, 0].numel()))
+        pixels = target.new_full((), target[:, 0].numel())
         return (predicted - target).square().sum(dtype=torch.float32) / 2, pixels

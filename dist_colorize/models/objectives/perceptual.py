@@ -62,7 +62,7 @@ class Perceptual(Objective):
         with torch.no_grad():
             expected = self.judge(self.image(lightness, ab))
         found = self.judge(self.image(lightness, predicted))
-        pixels = ab.new_tensor(float(ab[:, 0].numel() // OUTPUT_STRIDE**2))
+        pixels = ab.new_full((), ab[:, 0].numel() // OUTPUT_STRIDE**2)
         # each level's mean over the batch, so that the mean over the batch times its pixels is a sum over its pixels
         differences = [F.mse_loss(f.float(), e.float()) for f, e in zip(found[:LEVELS], expected[:LEVELS], strict=True)]
         return torch.stack(differences).mean() * pixels, pixels
