@@ -8,7 +8,7 @@ hands to collectives: the same as in a group of any size. Both see what the code
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -63,6 +63,11 @@ def memory(model: ModelConfig, train: TrainConfig, images: int, side: int, devic
         tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
         for table in tables:
             table.update({name: fake.from_tensor(tensor) for name, tensor in table.items() if tensor is not None})
+    if device == "cuda":
+        alive.rewrite = _group_norm_of_cuda
+        for part in module.modules():
+            if isinstance(part, nn.GroupNorm):
+                part.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))  # as CUDA's autocast does
     # fake tensors of a GPU cannot go through a backward pass where there is none: the CPU stands in, with its chunks
     with fake, alive, mock.patch.dict(CHUNK, cpu=CHUNK[device]):
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -122,6 +127,9 @@ class Sent(TorchDispatchMode):
 class _Alive(TorchDispatchMode):
     """Bytes of the storages that operations under this mode have made and nobody has let go of."""
 
+    rewrite: Callable[[Any, Any], Iterable[Any]] | None = None
+    """rewrite(operation, arguments) -> arguments: what another device would first make of them."""
+
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
@@ -130,8 +138,10 @@ class _Alive(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # what goes in was counted when it was made, or lies outside
         before = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        if self.rewrite is not None:
+            args = tuple(self.rewrite(func, args))
         made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
+        for leaf in tree_leaves((args, made)):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in before | self._known:
                 self._hold(leaf.untyped_storage())
         return made
@@ -146,6 +156,13 @@ class _Alive(TorchDispatchMode):
     def _release(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _group_norm_of_cuda(operation: Any, arguments: Any) -> Iterable[Any]:
+    """CUDA's GroupNorm copies channels-last tensors to NCHW, and answers in NCHW; a CPU's keeps the layout."""
+    if operation.name().startswith("aten::native_group_norm"):
+        return (each.contiguous() if isinstance(each, Tensor) else each for each in arguments)
+    return arguments
 
 
 def _trained_bytes(network: Network) -> int:

@@ -6,15 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import torch
 from test_faults import make_photographs
 from test_train import TINY
 
 from dist_colorize import train
+from dist_colorize.distributed import DistributedConfig, session
 from dist_colorize.footprint import checkpoint_bytes, memory, traffic
-from dist_colorize.models import ModelConfig, build
-from dist_colorize.optimisation import TrainConfig
+from dist_colorize.models import METHODS, ModelConfig, TrainingModule, build
+from dist_colorize.optimisation import Optimisation, TrainConfig
 from dist_colorize.recipe import recipe_of
 
 FP32 = TrainConfig(precision="fp32")
@@ -43,6 +46,37 @@ def test_memory_of_activations_grows_with_the_batch_and_shrinks_with_precision()
     assert 0.5 < half.activations / four.activations < 0.8
     # 32 x 32 cells of 313 logits of 4 bytes
     assert four.logits == 4 * 32 * 32 * 313 * 4
+
+
+def test_memory_on_a_gpu_follows_its_group_norm() -> None:
+    """CUDA's GroupNorm answers in fp32 under autocast, and in NCHW: the loss must then copy its rows."""
+    images, side = 8, 224
+    cpu, gpu = (memory(ModelConfig(), TrainConfig(precision="bf16"), images, side, d) for d in ("cpu", "cuda"))
+    # elements of the three outputs, 256, 128 and 64 channels at strides 8, 4 and 2
+    outputs = [images * channels * (side // stride) ** 2 for channels, stride in ((256, 8), (128, 4), (64, 2))]
+    # each is 2 bytes wider, as is what goes into GroupNorm; the next convolutions keep bf16 copies of the first two
+    assert gpu.activations - cpu.activations == pytest.approx(4 * sum(outputs) + 2 * sum(outputs[:2]), rel=0.05)
+    cpu, gpu = (memory(ModelConfig(), FP32, images, side, d) for d in ("cpu", "cuda"))
+    # the same is kept, but GroupNorm and the loss work on copies in another layout
+    assert gpu.activations == cpu.activations and gpu.peak - cpu.peak >= 4 * outputs[-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_is_what_a_real_step_takes_on_a_gpu(precision: Literal["fp32", "bf16"]) -> None:
+    config = TrainConfig(precision=precision, global_batch=8)
+    promised = memory(ModelConfig(), config, 8, 224, "cuda")
+    with session(DistributedConfig(device="cuda")) as world:
+        before = torch.cuda.memory_allocated()
+        module = TrainingModule(build(ModelConfig()), METHODS["final"](torch.ones(313)).to(world.device))
+        optimisation = Optimisation(module.to(world.device), config, world)
+        torch.cuda.reset_peak_memory_stats()
+        for number in range(3):
+            lightness = torch.full((8, 1, 224, 224), 50.0, device=world.device)
+            optimisation.step(number, lightness, lightness.expand(-1, 2, -1, -1))
+        taken = torch.cuda.max_memory_allocated() - before
+    # cuDNN's workspaces come on top
+    assert 0.85 * promised.peak < taken < 1.5 * promised.peak
 
 
 @pytest.mark.parametrize(
