@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import DEVICES
 
 from dist_colorize.color.gamut import BINS, Gamut, bin_centers
 from dist_colorize.errors import UserError
@@ -36,7 +37,8 @@ def vgg16_bn() -> torchvision.models.VGG:
     return network.eval()
 
 
-def test_folded_encoder_equals_torchvision_at_every_stride(vgg16_bn: torch.nn.Sequential) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_folded_encoder_equals_torchvision_at_every_stride(vgg16_bn: torch.nn.Sequential, device: str) -> None:
     encoder = Encoder()
     encoder.load_vgg16_bn({f"features.{k}": v for k, v in vgg16_bn.state_dict().items()}, "test")
     image = torch.randn(1, 3, 48, 64)
@@ -46,11 +48,11 @@ def test_folded_encoder_equals_torchvision_at_every_stride(vgg16_bn: torch.nn.Se
             if isinstance(layer, torch.nn.MaxPool2d):
                 expected.append(x)
             x = layer(x)
-        found = encoder(image)
+        found = encoder.to(device)(image.to(device))
     assert encoder.channels == (128, 256, 512, 512)
     for stride, ours, theirs in zip((2, 4, 8, 16), found, expected[1:], strict=True):
         assert ours.shape[-2:] == (48 // stride, 64 // stride)
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_pretrained_weights_come_from_a_file(vgg16_bn: torch.nn.Sequential, tmp_path: Path) -> None:
@@ -154,14 +156,16 @@ def test_loss_equals_plain_weighted_cross_entropy_in_float64() -> None:
         assert (ours.grad - theirs.grad).abs().max() <= 2e-3 * theirs.grad.abs().max() + 1e-6, name
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_sum_of_losses_is_single_precision_under_autocast(dtype: torch.dtype) -> None:
+def test_the_sum_of_losses_is_single_precision_under_autocast(dtype: torch.dtype, device: str) -> None:
     """25600 pixels at log 313 each: infinite in fp16, rounded to 3 digits in bf16."""
-    network = build(TINY)
-    objective = RebalancedCrossEntropy(torch.ones(BINS))
-    features, lightness, ab = torch.rand(1, 64, 160, 160), torch.rand(1, 1, 320, 320), torch.randn(1, 2, 320, 320) * 20
+    network = build(TINY).to(device)
+    objective = RebalancedCrossEntropy(torch.ones(BINS)).to(device)
+    features, lightness, ab = (torch.rand(1, c, s, s, device=device) for c, s in ((64, 160), (1, 320), (2, 320)))
+    ab = 40 * (ab - 0.5)
     exact, _ = objective(features, network.head, lightness, ab)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device, dtype):
         loss, weight = objective(features.to(dtype), network.head, lightness, ab)
     loss.backward()
     assert loss.dtype == torch.float32 and weight.item() == 25600

@@ -59,11 +59,12 @@ def labels_and_targets(ab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return distance.argmin(-1), dense
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", ["classification", "final", "final_soft"])
-def test_classification_losses_equal_dense_cross_entropy(method: str) -> None:
-    one = module(method)
+def test_classification_losses_equal_dense_cross_entropy(method: str, device: str) -> None:
+    one = module(method).to(device)
     lightness, ab = photographs()
-    loss, weight = one(lightness, ab)
+    loss, weight = one(lightness.to(device), ab.to(device))
     loss.backward()
     labels, targets = labels_and_targets(ab)
     reference = build(
@@ -80,7 +81,7 @@ def test_classification_losses_equal_dense_cross_entropy(method: str) -> None:
     assert weight.item() == pytest.approx(weights[labels].sum().item(), rel=1e-5)
     for ours, theirs in zip(one.network.parameters(), reference.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None
-        assert (ours.grad - theirs.grad).abs().max() <= 3e-3 * theirs.grad.abs().max() + 1e-6
+        assert (ours.grad.cpu() - theirs.grad).abs().max() <= 3e-3 * theirs.grad.abs().max() + 1e-6
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -223,14 +224,15 @@ def test_the_judge_is_frozen_and_kept_only_where_the_encoder_learns() -> None:
     assert frozen.head.weight.grad is not None and all(p.grad is None for p in frozen.encoder.parameters())
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", METHODS)
-def test_losses_and_weights_of_parts_add_up(method: str) -> None:
-    """Law 3: sums over a batch are the sums of its parts', so the global mean is one division."""
-    one = module(method)
-    lightness, ab = photographs(3)
+def test_losses_and_weights_of_parts_add_up(method: str, device: str) -> None:
+    """Sums over a batch are the sums of its parts', so the global mean is one division."""
+    one = module(method).to(device)
+    lightness, ab = (tensor.to(device) for tensor in photographs(3))
     whole = torch.stack(one(lightness, ab)).detach()
     parts = sum(torch.stack(one(lightness[part], ab[part])).detach() for part in (slice(0, 1), slice(1, 3)))
-    np.testing.assert_allclose(parts.numpy(), whole.numpy(), rtol=2e-5)
+    np.testing.assert_allclose(parts.cpu().numpy(), whole.cpu().numpy(), rtol=2e-5)
 
 
 def test_without_skips_only_the_deepest_features_count() -> None:
