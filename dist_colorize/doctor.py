@@ -1,13 +1,14 @@
 """What this machine has, and which paths dist_colorize will take on it.
 
     python -m dist_colorize.doctor
-    python -m dist_colorize.doctor --gpu      # instead: checks every CUDA kernel against the CPU and measures its speed
+    python -m dist_colorize.doctor --gpu      # instead: checks the GPU's decoder and every CUDA kernel against the CPU
 
 Each line is `ok`, `--` (absent, fine without; the line below says how to have it) or `!!` (needed, and missing or
 broken; the line below says what to do).
 The exit code is 0: a machine without a GPU is not ill. With --gpu it is 0 where every kernel agrees with the CPU, 1
-where one does not, and 2 where nothing was checked because no GPU can be used. Speeds are figures and no verdicts: a
-kernel's share of the speed at which the device copies memory, for the bytes that it has to move at least.
+where one does not, and 2 where nothing was checked because no GPU can be used. A decoder of JPEG crops that fails is a
+line, and leaves the exit code alone: training then decodes on the CPU. Speeds are figures and no verdicts: a kernel's
+share of the speed at which the device copies memory, for the bytes that it has to move at least.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Finding:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="check and measure the CUDA kernels on this machine's GPU")
+    parser.add_argument("--gpu", action="store_true", help="check decoder and CUDA kernels on this machine's GPU, and measure")
     if parser.parse_args(argv).gpu:
         return check_kernels()
     print(f"dist_colorize {__version__}")
@@ -70,6 +71,7 @@ def check_kernels() -> int:
 
     try:
         backend = CudaBackend(open_device())
+        print(examine("decoding", _decoding), flush=True)
         print(f"kernels on {torch.cuda.get_device_name(backend.device)}, against the CPU", flush=True)
         wrong = 0
         for found in selfcheck.agreements(backend):
@@ -292,8 +294,17 @@ def _decoding() -> Finding:
     import torch
     from nvidia import dali
 
-    where = "on the GPU (mixed)" if torch.cuda.is_available() else "on the CPU"
-    return Finding("decoding", "ok", f"DALI {dali.__version__} {where}")
+    from dist_colorize.data.config import DataConfig
+    from dist_colorize.data.preflight import own_failure
+
+    if not torch.cuda.is_available():
+        return Finding("decoding", "ok", f"DALI {dali.__version__} on the CPU")
+    found = own_failure(0, DataConfig.hw_decoder_load)
+    if found is None:
+        return Finding("decoding", "ok", f"DALI {dali.__version__} on the GPU (mixed), JPEG crops agree with the CPU")
+    remedy = "training decodes on the CPU; data.device=cpu does so without a trial at the start"
+    facts = f"DALI {dali.__version__} on the CPU: on the GPU a trial decode of JPEG crops {found}"
+    return Finding("decoding", "broken", facts, remedy)
 
 
 def _postprocess() -> Finding:

@@ -25,6 +25,7 @@ from dist_colorize import config
 from dist_colorize.color.rebalance import LossConfig, class_weights, prior
 from dist_colorize.data import Photographs, evaluation_batches, open_photographs
 from dist_colorize.data.histogram import count_colours
+from dist_colorize.data.preflight import decoding_device
 from dist_colorize.distributed import World, session
 from dist_colorize.errors import UserError, run_command
 from dist_colorize.evaluation import Evaluation, evaluate, protocol, write_evaluation
@@ -66,11 +67,12 @@ def score(run: Path, recipe: Recipe, world: World, stop: StopFlag) -> tuple[Eval
     """Every metric of a run's newest network on the validation photographs of the recipe; a collective."""
     preset = load_preset(recipe.evaluate.preset)
     _, validation = open_photographs(recipe.data, world, stop)
+    data = decoding_device(recipe.data, world, stop)
     # rarity of colours among the photographs that are scored: the same for every method and world size
-    cells = count_colours(validation, recipe.data, 1.0, world, stop)
+    cells = count_colours(validation, data, 1.0, world, stop)
     rarity = class_weights(prior(cells, LossConfig()), LossConfig.rebalance)
     network = find_trained(run).network.to(world.device)
-    batches = evaluation_batches(validation, recipe.data, world, recipe.evaluate.batch)
+    batches = evaluation_batches(validation, data, world, recipe.evaluate.batch)
     result = evaluate(network, batches, preset, world, recipe.evaluate.pictures, stop, rarity)
     return result, validation
 

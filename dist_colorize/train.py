@@ -21,6 +21,7 @@ from dist_colorize.color.rebalance import class_weights, prior
 from dist_colorize.data import Loader, Order, evaluation_batches, open_photographs
 from dist_colorize.data.histogram import count_colours
 from dist_colorize.data.loader import Replaced
+from dist_colorize.data.preflight import decoding_device
 from dist_colorize.distributed import World, session
 from dist_colorize.errors import Interrupted, RunFailed, run_command
 from dist_colorize.evaluation import FINAL, Evaluation, evaluate, protocol, write_evaluation
@@ -60,6 +61,7 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
     training, validation = open_photographs(recipe.data, world, stop, begun_with)
     if state:
         check_same_run(state, recipe, training.fingerprint)
+    data = decoding_device(recipe.data, world, stop)
     photographs = len(training) + (len(validation) if validation is not training else 0)
     replacements = Replacements(run, world)
     unusable: list[Replaced] = []  # what this rank meets outside the training stream
@@ -70,12 +72,12 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
     elif not METHODS[recipe.model.method].rebalances:
         weights = torch.ones(BINS)
     else:
-        cells = count_colours(training, recipe.data, recipe.loss.sample, world, stop, unusable)
+        cells = count_colours(training, data, recipe.loss.sample, world, stop, unusable)
         weights = class_weights(prior(cells, recipe.loss), recipe.loss.rebalance)
 
     # The network, and the optimizer around it.
     order = Order(len(training), training.fingerprint, settings.seed)
-    loader = Loader(training, recipe.data, order, world, local_batch)
+    loader = Loader(training, data, order, world, local_batch)
     network = build(recipe.model)
     if state:
         load_module(network, state["model"], run.checkpoints)
@@ -92,7 +94,7 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
     step = checkpoints.restore(state) if state else 0
 
     def validate() -> Evaluation:
-        batches = evaluation_batches(validation, recipe.data, world, recipe.evaluate.batch, unusable)
+        batches = evaluation_batches(validation, data, world, recipe.evaluate.batch, unusable)
         result = evaluate(optimisation.network, batches, preset, world, recipe.evaluate.pictures, stop)
         run.validation(step, result.scores, result.panel() if result.pictures else None)
         checkpoints.keep_if_best(step, result.scores[FINAL]["psnr"])

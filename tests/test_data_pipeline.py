@@ -391,7 +391,7 @@ def test_damage_that_some_crops_miss_is_judged_alike_by_all(tmp_path: Path, monk
     content = (root / bad).read_bytes()
     (root / bad).write_bytes(content[: len(content) * 4 // 5].ljust(len(content), b"\0"))
 
-    monkeypatch.setattr("dist_colorize.data.loader._log.warning", lambda *args: None)
+    monkeypatch.setattr("dist_colorize.data.reading._log.warning", lambda *args: None)
     config = DataConfig(crop=32, threads=1, scale=(0.05, 0.2))
 
     def stream(rank: int, size: int, start: int, steps: int) -> list[Batch]:

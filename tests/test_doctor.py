@@ -18,6 +18,7 @@ from emulator import compiler
 from emulator.cupy_standin import emulated_gpu
 
 from dist_colorize import doctor
+from dist_colorize.data import preflight
 from dist_colorize.errors import UserError
 from dist_colorize.postprocess import selfcheck
 from dist_colorize.postprocess.cuda import CudaBackend
@@ -61,6 +62,7 @@ def test_gpu_reports_every_kernel(
         pytest.skip("the emulator needs g++ on x86-64 Linux")
     speeds = [selfcheck.Speed("blend", 2e-6, 4000, 0.5)]
     monkeypatch.setattr(selfcheck, "speeds", lambda backend: speeds)
+    monkeypatch.setattr(doctor, "_decoding", lambda: doctor.Finding("decoding", "absent", "not looked at here"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
     if wrong:
         real = CudaBackend.blend
@@ -72,6 +74,23 @@ def test_gpu_reports_every_kernel(
     assert out.count("  !!  ") == 2 * wrong
     assert "A card" in out
     assert "blend                  50.0 %   2 us, 2 GB/s" in out
+
+
+def test_gpu_reports_a_decoder_that_crashes_and_keeps_the_exit_code_of_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if compiler.compiler() is None:
+        pytest.skip("the emulator needs g++ on x86-64 Linux")
+    monkeypatch.setattr(selfcheck, "agreements", lambda backend: [])
+    monkeypatch.setattr(selfcheck, "speeds", lambda backend: [])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
+    monkeypatch.setattr(preflight, "own_failure", lambda gpu, load: "died of SIGSEGV")
+    with emulated_gpu(host_copies=True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert doctor.main(["--gpu"]) == 0
+    assert re.search(
+        r"  !!  decoding +DALI \S+ on the CPU: .* died of SIGSEGV\n +-> .*data\.device=cpu", capsys.readouterr().out
+    )
 
 
 @pytest.mark.gpu
@@ -152,7 +171,10 @@ def test_several_gpus_are_counted_by_kind_and_used(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert doctor._gpus().facts == "8 x NVIDIA H100 (80.0 GiB, sm_90)"
     assert doctor._training().facts == "on 8 GPUs with torchrun --nproc_per_node=8, nccl between ranks, bf16"
+    monkeypatch.setattr(preflight, "own_failure", lambda gpu, load: None)
     assert "on the GPU (mixed)" in doctor._decoding().facts
+    monkeypatch.setattr(preflight, "own_failure", lambda gpu, load: "died of SIGSEGV")
+    assert "on the CPU: on the GPU a trial decode of JPEG crops died of SIGSEGV" in doctor._decoding().facts
     assert doctor._postprocess().facts == "on the CPU; with --gpu by CUDA kernels"
     monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", None)
     assert "--gpu would fail" in doctor._postprocess().facts

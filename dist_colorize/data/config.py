@@ -30,11 +30,16 @@ class DataConfig:
     flip: bool = True
     """Mirror half of the crops."""
     threads: int | None = None
-    """Threads that read and decode, per rank; null: the machine's cores divided by its ranks."""
+    """Threads that decode, per rank; null: the machine's cores divided by its ranks."""
+    readers: int = 16
+    """Threads that read files, per rank; more than cores, as most of a read from a network file system is waiting."""
     prefetch: int = 2
     """Batches made ready ahead of the training step."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where images are decoded; auto: where the rank trains."""
+    """Where images are decoded; auto: where the rank trains, or on the CPU where a GPU fails a trial at the start."""
+    hw_decoder_load: float = 0.0
+    """Share of the JPEGs that a GPU's JPEG engine decodes. 0: that of Hopper and newer GPUs ignores the order of CUDA
+    streams, and while other kernels run its pixels can be silently wrong."""
     max_bad: float = 0.05
     """Share of the photographs that may turn out bad during training (one always may); beyond it the run stops."""
     index_dir: str | None = None
@@ -55,6 +60,10 @@ class DataConfig:
             raise ValueError(f"ratio must be two numbers, 0 < least <= greatest, got {list(self.ratio)}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1 or null, got {self.threads}")
+        if self.readers < 1:
+            raise ValueError(f"readers must be at least 1, got {self.readers}")
+        if not 0.0 <= self.hw_decoder_load <= 1.0:
+            raise ValueError(f"hw_decoder_load must be a share from 0 to 1, got {self.hw_decoder_load}")
         if not 0.0 <= self.max_bad <= 1.0:
             raise ValueError(f"max_bad must be a share from 0 to 1, got {self.max_bad}")
         if self.prefetch < 1:

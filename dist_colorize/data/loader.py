@@ -5,19 +5,16 @@
         for batch in loader.batches(start_step=0):      # endless
             train(batch.L, batch.ab)
 
-A thread reads and decodes ahead of the training step. A photograph that cannot be read or decoded any more is reported
+Threads read and decode ahead of the training step. A photograph that cannot be read or decoded any more is reported
 once and replaced; the rest of its batch is the same to the bit as if nothing had happened.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from io import BytesIO
 from itertools import chain, count
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
@@ -26,27 +23,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali.plugin.pytorch import feed_ndarray
-from PIL import Image
 from torch import Tensor
 
 from dist_colorize.data import pipeline
 from dist_colorize.data.columns import Photographs
 from dist_colorize.data.config import DataConfig
+from dist_colorize.data.failures import gpu_failure, named_samples
 from dist_colorize.data.order import Order
 from dist_colorize.data.plan import PADDING, Plan, evaluation_plan, training_plans
 from dist_colorize.data.prefetch import Prefetch
+from dist_colorize.data.reading import Job, Reader, Replaced
 from dist_colorize.distributed import World
-from dist_colorize.errors import RunFailed, UserError
+from dist_colorize.errors import UserError
 from dist_colorize.hardware import usable_cores
 
-ATTEMPTS = 32
-"""Substitutes tried for one slot. So many failures in a row mean that the data have gone, not that a file is bad."""
-READERS = 8
-"""Threads that read files at the same time: on network file systems most of the time is waiting."""
 DRAWN = 32
 """Steps whose samples and crops are drawn at a time."""
-
-_log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -60,16 +52,6 @@ class Batch(NamedTuple):
     """float32 [B]: 1, or 0 for padding."""
     sample: Tensor
     """int64 [B] on the CPU: row of the photograph, -1 for padding."""
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """A photograph that could not be used although the index has it."""
-
-    root: str
-    """The folder that `name` is relative to."""
-    name: str
-    reason: str
 
 
 class Loader:
@@ -95,7 +77,7 @@ class Loader:
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The endless training stream from the batch of `start_step` on."""
-        ahead = Prefetch(self._decoder.run(self._plans(start_step), self._batch), self._config.prefetch)
+        ahead = _prefetch(self._decoder.run(self._plans(start_step), self._batch), self._config, self._world)
         self._running.append(ahead)
         return _on_current_stream(ahead)
 
@@ -147,7 +129,7 @@ def evaluation_batches(
             rows = start + world.rank * local_batch + np.arange(local_batch)
             yield evaluation_plan(photographs, np.where(rows < len(photographs), rows, PADDING))
 
-    with Prefetch(decoder.run(plans(), local_batch), config.prefetch) as ahead:
+    with _prefetch(decoder.run(plans(), local_batch), config, world) as ahead:
         yield from _on_current_stream(ahead)
 
 
@@ -156,8 +138,9 @@ class _Decoder:
 
     Which photograph fills a slot depends on the slot's plan and the files alone: damage that a crop does not touch may
     go unseen, so what this rank has met elsewhere must not decide, or other ranks and resumed runs would see other
-    photographs. A row that was bad once is only looked at more closely: one that DALI could not decode is tried by
-    itself before it can break the pipeline again.
+    photographs. A photograph makes room where its crop cannot be decoded by itself, neither on the CPU nor where the
+    rank decodes. A row that was bad once is only looked at more closely: it is tried before it can break the pipeline
+    again. A GPU that fails although the CPU can decode everything is told as that: no photograph is to blame.
     """
 
     def __init__(
@@ -167,36 +150,42 @@ class _Decoder:
             raise UserError(f"{photographs.root}: no photographs in this part of the data; see data.val_fraction")
         self.replaced: list[Replaced] = [] if replaced is None else replaced
         """What could not be used, each file once."""
-        self._bad: dict[int, Replaced] = {}
-        self._photographs, self._config, self._device = photographs, config, world.device
+        self._reader = Reader(photographs, config.readers, self.replaced)
+        self._config, self._device = config, world.device
         self._kind = _decoding_device(config, world.device)
         self._device_id = (world.device.index or 0) if self._kind == "gpu" else None
+        self._judges = [pipeline.CropDecoder("cpu", None)]
+        if self._kind == "gpu":  # tried last: what the CPU decodes is good, whatever state the GPU is in
+            self._judges.append(pipeline.CropDecoder("gpu", self._device_id, config.hw_decoder_load))
         self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self._threads = config.threads or max(1, usable_cores() // world.local_size)
 
     def run(self, plans: Iterator[Plan], size: int) -> Generator[Batch, None, None]:
         """A batch of `size` slots for each plan."""
-        in_work: deque[_Job] = deque()
-        with ThreadPoolExecutor(max(READERS, self._threads), thread_name_prefix="read") as workers:
-            jobs = (self._read(plan, workers) for plan in plans)
+        in_work: deque[Job] = deque()
+        with (
+            contextlib.closing(self._reader.jobs(plans, size)) as read,
+            ThreadPoolExecutor(self._threads, thread_name_prefix="finish") as workers,
+        ):
+            jobs = map(self._without_known_bad, read)
             dali = self._build(jobs, in_work, size)
             while True:
                 try:
                     outputs = dali.run()
                 except StopIteration:
                     return
-                except RuntimeError as error:
+                except (RuntimeError, MemoryError) as error:
                     # DALI fails for the whole batch, and the pipeline with it. The batches in work are sorted out, and
                     # go through a new pipeline before the rest.
-                    if not self._replace_undecodable(in_work):
-                        raise RuntimeError(f"DALI failed, but each photograph by itself is good: {error}") from error
+                    if not self._replace_undecodable(in_work, named_samples(error)):
+                        raise self._failure(error) from error
                     again = list(in_work)
                     in_work.clear()
                     dali = self._build(chain(again, jobs), in_work, size)
                     continue
                 yield self._deliver(outputs, in_work.popleft().plan, workers)
 
-    def _build(self, jobs: Iterator[_Job], in_work: deque[_Job], size: int) -> Any:
+    def _build(self, jobs: Iterator[Job], in_work: deque[Job], size: int) -> Any:
         def source() -> tuple[Sequence[NDArray[np.uint8]], NDArray[Any], NDArray[Any], NDArray[Any]]:
             job = next(jobs)
             in_work.append(job)
@@ -205,60 +194,48 @@ class _Decoder:
             anchor, shape = np.stack([crops.y, crops.x], axis=1), np.stack([crops.height, crops.width], axis=1)
             return job.encoded, anchor, shape, crops.flip.astype(np.int32)
 
-        whole = self._kind == "gpu"
-        return pipeline.build(source, size, self._config.crop, self._threads, self._kind, self._device_id, whole)
-
-    def _read(self, plan: Plan, workers: ThreadPoolExecutor) -> _Job:
-        return _Job(plan, list(workers.map(lambda slot: self._fill(plan, slot), range(len(plan.row)))))
-
-    def _fill(self, plan: Plan, slot: int) -> NDArray[np.uint8]:
-        """The bytes for a slot; what cannot be used makes room for a substitute."""
-        for attempt in range(ATTEMPTS + 1):
-            if attempt:
-                plan.substitute(slot, attempt)
-            row = int(plan.row[slot])
-            if row == PADDING:
-                return _BLANK
-            try:
-                encoded = np.frombuffer(self._photographs.read(row), dtype=np.uint8)
-            except OSError as error:
-                self._report(row, f"cannot be read: {error.strerror or error}")
-                continue
-            if row not in self._bad or self._decodes(plan, slot, encoded):
-                return encoded
-        raise RunFailed(
-            f"{self._photographs.root}: {ATTEMPTS} photographs in a row cannot be used, the last one "
-            f"{self._photographs.name(row)!r}: {self._bad[row].reason}; are the data still there? "
-            "If they changed, python -m dist_colorize.index ROOT --rebuild"
-        )
-
-    def _replace_undecodable(self, in_work: deque[_Job]) -> bool:
-        """Try every image of the batches in work by itself; whether any was replaced."""
-        found = False
-        for job in in_work:
-            for slot in range(len(job.encoded)):
-                while not self._decodes(job.plan, slot, job.encoded[slot]):
-                    self._report(int(job.plan.row[slot]), "cannot be decoded, or has changed since it was indexed")
-                    job.encoded[slot] = self._fill(job.plan, slot)
-                    found = True
-        return found
-
-    def _decodes(self, plan: Plan, slot: int, encoded: NDArray[np.uint8]) -> bool:
-        crops = plan.crops
-        anchor = np.array([[crops.y[slot], crops.x[slot]]], dtype=np.int32)
-        shape = np.array([[crops.height[slot], crops.width[slot]]], dtype=np.int32)
-        probe = pipeline.build_probe(lambda: ([encoded], anchor, shape), self._kind, self._device_id)
+        where = self._kind, self._device_id, self._kind == "gpu", self._config.hw_decoder_load
         try:
-            probe.run()
-        except RuntimeError:
-            return False
-        return True
+            return pipeline.build(source, size, self._config.crop, self._threads, *where)
+        except (RuntimeError, MemoryError) as error:
+            raise self._failure(error) from error
 
-    def _report(self, row: int, reason: str) -> None:
-        replaced = Replaced(self._photographs.root, self._photographs.name(row), reason)
-        if self._bad.setdefault(row, replaced) is replaced:  # two readers may meet the same file
-            self.replaced.append(replaced)
-            _log.warning("%r %s; another photograph takes its place", replaced.name, reason)
+    def _failure(self, error: Exception) -> Exception:
+        if self._kind == "gpu":
+            return gpu_failure(error, self._device)
+        return RuntimeError(f"DALI failed, but each photograph by itself is good: {error}")
+
+    def _without_known_bad(self, job: Job) -> Job:
+        """The job, whose rows that were bad before have been tried by themselves."""
+        for slot, row in enumerate(job.plan.row.tolist()):
+            if row in self._reader.bad:
+                self._replace_if_undecodable(job, slot)
+        return job
+
+    def _replace_undecodable(self, in_work: deque[Job], named: set[int]) -> int:
+        """Replace what cannot be decoded among the batches in work; how many. `named`: slots in the error's message."""
+        slots = [(job, slot) for job in in_work for slot in range(len(job.encoded))]
+        found = sum(self._replace_if_undecodable(job, slot) for job, slot in slots if slot in named)
+        others = [(job, slot) for job, slot in slots if slot not in named]
+        if found:  # the failure is explained: of the others only rows that were bad before are worth the time
+            others = [(job, slot) for job, slot in others if int(job.plan.row[slot]) in self._reader.bad]
+        return found + sum(self._replace_if_undecodable(job, slot) for job, slot in others)
+
+    def _replace_if_undecodable(self, job: Job, slot: int) -> bool:
+        replaced = False
+        while not self._decodes(job, slot):
+            self._reader.replace(job, slot, "cannot be decoded, or has changed since it was indexed")
+            replaced = True
+        return replaced
+
+    def _decodes(self, job: Job, slot: int) -> bool:
+        crops = job.plan.crops
+        y, x, height, width = (int(column[slot]) for column in (crops.y, crops.x, crops.height, crops.width))
+        for judge in self._judges:
+            with contextlib.suppress(RuntimeError, MemoryError):
+                judge.decode(job.encoded[slot], y, x, height, width)
+                return True
+        return False
 
     def _deliver(self, outputs: Any, plan: Plan, workers: ThreadPoolExecutor) -> Batch:
         # The consumer works in another CUDA stream. What it gets is finished, so that it need not wait for this one.
@@ -279,10 +256,10 @@ class _Decoder:
         return Batch(L, ab, weight, torch.from_numpy(plan.row))
 
 
-@dataclass
-class _Job:
-    plan: Plan
-    encoded: list[NDArray[np.uint8]]
+def _prefetch(batches: Iterator[Batch], config: DataConfig, world: World) -> Prefetch[Batch]:
+    # A new thread's CUDA device is GPU 0, where anything it does, if only to leave a stream, would make a context.
+    on_gpu = torch.cuda.device(world.device) if world.device.type == "cuda" else None
+    return Prefetch(batches, config.prefetch, on_gpu)
 
 
 def _decoding_device(config: DataConfig, device: torch.device) -> Literal["cpu", "gpu"]:
@@ -306,13 +283,3 @@ def _on_current_stream(batches: Prefetch[Batch] | Generator[Batch, None, None]) 
                 for tensor in batch[:3]:
                     tensor.record_stream(torch.cuda.current_stream(batch.L.device))
             yield batch
-
-
-def _blank() -> NDArray[np.uint8]:
-    file = BytesIO()
-    Image.new("RGB", (1, 1)).save(file, "PNG")
-    return np.frombuffer(file.getvalue(), dtype=np.uint8)
-
-
-_BLANK = _blank()
-"""The image of a slot that holds no photograph."""

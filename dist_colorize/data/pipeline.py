@@ -54,8 +54,9 @@ def build(
     device: Literal["cpu", "gpu"],
     device_id: int | None,
     whole: bool,
+    hw_decoder_load: float = 0.0,
 ) -> Any:
-    """A built pipeline, `batch` images a `run()`.
+    """A built pipeline, `batch` images a `run()`. On a GPU its JPEG engine takes the share `hw_decoder_load` of them.
 
     With `whole`, `run()` gives L, a and b, float32 [1, size, size] each; else the decoded crops, uint8 [h, w, 3], and
     the flips, for `data.finish`, which does the rest faster on a CPU.
@@ -68,6 +69,7 @@ def build(
         size,
         device,
         whole,
+        hw_decoder_load,
         batch_size=batch,
         num_threads=threads,
         device_id=device_id,
@@ -78,17 +80,45 @@ def build(
     return pipeline
 
 
-def build_probe(source: Callable[[], Any], device: Literal["cpu", "gpu"], device_id: int | None) -> Any:
-    """As much of the pipeline as can fail on a bad image, for one image: `source` gives (encoded, anchor, shape)."""
-    return _define_probe(source, device, batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
+class CropDecoder:
+    """Decodes one crop at a time, as the pipeline does: what can fail there on a bad image fails here.
+
+    Its own small pipeline is built for the first crop, and again only after an image has broken it.
+    """
+
+    def __init__(self, device: Literal["cpu", "gpu"], device_id: int | None, hw_decoder_load: float = 0.0) -> None:
+        self._device, self._device_id, self._load = device, device_id, hw_decoder_load
+        self._pipeline: Any = None
+
+    def decode(self, encoded: NDArray[np.uint8], y: int, x: int, height: int, width: int) -> NDArray[np.uint8]:
+        """The crop, uint8 [height, width, 3] on the CPU. RuntimeError where the pipeline's `run()` raises one."""
+        if self._pipeline is None:
+            pipeline = _define_crop(
+                self._device,
+                self._load,
+                batch_size=1,
+                num_threads=1,
+                device_id=self._device_id,
+                prefetch_queue_depth=1,
+            )
+            pipeline.build()
+            self._pipeline = pipeline
+        anchor, shape = (np.array([pair], dtype=np.int32) for pair in ((y, x), (height, width)))
+        try:
+            (image,) = self._pipeline.run(encoded=[encoded], anchor=anchor, shape=shape)
+        except BaseException:
+            self._pipeline = None
+            raise
+        # a copy: the memory is the pipeline's
+        return np.array((image.as_cpu() if self._device == "gpu" else image)[0])
 
 
 @pipeline_def
-def _define(source: Source, size: int, device: str, whole: bool) -> Any:
+def _define(source: Source, size: int, device: str, whole: bool, hw_decoder_load: float) -> Any:
     encoded, anchor, shape, flip = fn.external_source(
         source, num_outputs=4, batch=True, dtype=[types.UINT8, types.INT32, types.INT32, types.INT32], ndim=[1, 1, 1, 0]
     )
-    image = _decode(encoded, anchor, shape, device)
+    image = _decode(encoded, anchor, shape, device, hw_decoder_load)
     if not whole:
         return image, flip
     # [h, w, 3] -> [size, size, 3]
@@ -97,18 +127,16 @@ def _define(source: Source, size: int, device: str, whole: bool) -> Any:
 
 
 @pipeline_def
-def _define_probe(source: Callable[[], Any], device: str) -> Any:
-    encoded, anchor, shape = fn.external_source(
-        source, num_outputs=3, batch=True, dtype=[types.UINT8, types.INT32, types.INT32], ndim=[1, 1, 1]
-    )
-    return _decode(encoded, anchor, shape, device)
+def _define_crop(device: str, hw_decoder_load: float) -> Any:
+    inputs = {"encoded": types.UINT8, "anchor": types.INT32, "shape": types.INT32}
+    encoded, anchor, shape = (fn.external_source(name=name, dtype=dtype, ndim=1) for name, dtype in inputs.items())
+    return _decode(encoded, anchor, shape, device, hw_decoder_load)
 
 
-def _decode(encoded: Any, anchor: Any, shape: Any, device: str) -> Any:
+def _decode(encoded: Any, anchor: Any, shape: Any, device: str, hw_decoder_load: float) -> Any:
     """The crop of each image, uint8 [h, w, 3] sRGB. Anchors count in the displayed image, after EXIF's rotation."""
-    return fn.decoders.image_slice(
-        encoded, anchor, shape, axis_names="HW", device="mixed" if device == "gpu" else "cpu", output_type=types.RGB
-    )
+    where = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if device == "gpu" else {"device": "cpu"}
+    return fn.decoders.image_slice(encoded, anchor, shape, axis_names="HW", output_type=types.RGB, **where)
 
 
 def lab(image: Any, size: int) -> tuple[Any, Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -16,10 +17,12 @@ class Prefetch(Generic[T], Iterator[T]):
 
     An exception in `items` is raised by the `next()` that would have given the failing item. `close()` stops the thread
     after the item it is working on and closes `items` there; closing twice, or early, is fine.
+
+    All of the thread's work is done within `context`: the place for what is set per thread, such as the CUDA device.
     """
 
-    def __init__(self, items: Iterator[T], depth: int) -> None:
-        self._items = items
+    def __init__(self, items: Iterator[T], depth: int, context: AbstractContextManager[object] | None = None) -> None:
+        self._items, self._context = items, context or nullcontext()
         self._ready: queue.Queue[T | _End] = queue.Queue(depth)
         self._closed = threading.Event()
         self._end: _End | None = None
@@ -66,16 +69,18 @@ class Prefetch(Generic[T], Iterator[T]):
     def _work(self) -> None:
         error: BaseException | None = None
         try:
-            for item in self._items:
-                self._ready.put(item)
-                if self._closed.is_set():
-                    break
+            with self._context:
+                try:
+                    for item in self._items:
+                        self._ready.put(item)
+                        if self._closed.is_set():
+                            break
+                finally:
+                    close = getattr(self._items, "close", None)
+                    if close is not None:
+                        close()
         except BaseException as raised:
             error = raised
-        finally:
-            close = getattr(self._items, "close", None)
-            if close is not None:
-                close()
         if not self._closed.is_set():
             self._ready.put(_End(error))
 
