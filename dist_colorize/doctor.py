@@ -50,7 +50,9 @@ class Finding:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="check decoder and CUDA kernels on this machine's GPU, and measure")
+    parser.add_argument(
+        "--gpu", action="store_true", help="check decoder and CUDA kernels on this machine's GPU, and measure"
+    )
     if parser.parse_args(argv).gpu:
         return check_kernels()
     print(f"dist_colorize {__version__}")

@@ -12,6 +12,12 @@ from pathlib import Path
 
 import pytest
 
+# pytest finds hooks by name
+from own_process import pytest_pyfunc_call, pytest_runtest_logreport, pytest_runtest_logstart  # noqa: F401
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.own_process])]
+"""Parameters of a test that runs on the CPU, and on a GPU where there is one; there what it calls may crash."""
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

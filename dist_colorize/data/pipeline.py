@@ -110,7 +110,7 @@ class CropDecoder:
             self._pipeline = None
             raise
         # a copy: the memory is the pipeline's
-        return np.array((image.as_cpu() if self._device == "gpu" else image)[0])
+        return np.array(image.as_cpu()[0])
 
 
 @pipeline_def

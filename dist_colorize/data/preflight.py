@@ -152,7 +152,7 @@ def decode(device: Literal["cpu", "gpu"], gpu: int | None, hw_decoder_load: floa
     batch = encoded, anchor, shape, np.zeros(len(CROPS), dtype=np.int32)
     dali = pipeline.build(lambda: batch, len(CROPS), SIDE, 2, device, gpu, False, hw_decoder_load)
     images, _flips = dali.run()
-    return [np.array(image) for image in (images.as_cpu() if device == "gpu" else images)]
+    return [np.array(image) for image in images.as_cpu()]
 
 
 def greatest_difference(crops: Sequence[NDArray[np.uint8]], others: Sequence[NDArray[np.uint8]]) -> int:

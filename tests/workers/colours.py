@@ -13,8 +13,8 @@ from dist_colorize.distributed import DistributedConfig, session
 from dist_colorize.stopping import StopFlag
 
 if __name__ == "__main__":
-    result, sample = sys.argv[1], float(sys.argv[2])
-    with session(DistributedConfig(device="cpu")) as world, StopFlag() as stop:
+    result, device, sample = sys.argv[1], sys.argv[2], float(sys.argv[3])
+    with session(DistributedConfig(device=device)) as world, StopFlag() as stop:
         data = DataConfig(crop=64)
         photographs, _ = open_photographs(data, world, stop)
         cells = count_colours(photographs, data, sample, world, stop)
