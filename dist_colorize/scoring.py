@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +51,10 @@ class Scored:
     """uint8 [h, w], 255 is 1.0; beside `pictures`."""
 
 
+Columns = dict[tuple[str, str], Tensor]
+"""(stage, metric) -> float64 [B], on the device."""
+
+
 def score(
     network: Network,
     batch: Batch,
@@ -61,65 +65,84 @@ def score(
     bin_weights: Tensor | None,
     pool: ThreadPoolExecutor,
 ) -> list[Scored]:
-    """The photographs of a batch without padding. Without `bin_weights` PSNR and MSE alone, see evaluation.evaluate."""
+    """The photographs of a batch. Without `bin_weights` PSNR and MSE alone, see evaluation.evaluate.
+
+    A library chooses its algorithm by the shapes of the operands, and another algorithm gives other last bits. So what
+    takes the batch as a whole always takes all of it, padding included, and what came of padding is dropped afterwards;
+    what takes one photograph at a time skips padding.
+    """
+    real = [slot for slot, weight in enumerate(batch.weight.tolist()) if weight > 0]
     colours = colourize(network, batch, preset, backend)
-    truth = colours.pictures[TRUTH]
-    columns: dict[str, dict[str, list[float]]] = {}
-    for stage in colours.ab:
-        error = metrics.mse(colours.pictures[stage], truth)
-        columns[stage] = {"psnr": metrics.psnr(error).tolist(), "mse": error.tolist()}
-    rarity = [1.0] * len(batch.L)
-    classifier: list[tuple[dict[str, float], NDArray[np.float64] | None]] = [({}, None)] * len(batch.L)
+    columns = _picture_columns(colours)
+    rarity = torch.ones(len(batch.L), dtype=torch.float64, device=batch.L.device)
+    slow: list[dict[tuple[str, str], float]] = [{} for _ in real]
+    classifier: list[tuple[dict[str, float], NDArray[np.float64] | None]] = [({}, None) for _ in real]
     if bin_weights is not None:
-        # [B, H, W]: what each true pixel's colour weighs
+        # [B, H, W]: what each true pixel's color weighs
         weight = bin_weights.to(batch.ab.device, torch.float64)[gamut.nearest(batch.ab).long()]
-        rarity = weight.mean(dim=(1, 2)).tolist()
-        for stage, ab in colours.ab.items():
-            whole = F.interpolate(ab, batch.ab.shape[-2:], mode="bilinear", align_corners=False)
-            near = metrics.within(whole, batch.ab)
-            error = metrics.mse_ab(whole, batch.ab)
-            columns[stage] |= {
-                "psnr_ab": metrics.psnr(error).tolist(),
-                "mse_ab": error.tolist(),
-                "auc": (100 * near.mean(dim=(1, 2))).tolist(),
-                "auc_rebalanced": (100 * (near * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2))).tolist(),
-            }
-            tasks = zip(
-                colours.pictures[stage].numpy(),
-                truth.numpy(),
-                whole.cpu().numpy(),
-                batch.ab.cpu().numpy(),
-                batch.L[:, 0].cpu().numpy(),
-                strict=True,
-            )
-            for facts in pool.map(_slow_scores, tasks):
-                for name, value in facts.items():
-                    columns[stage].setdefault(name, []).append(value)
+        rarity = weight.mean(dim=(1, 2))
+        size = (batch.L.shape[-2], batch.L.shape[-1])
+        whole = {
+            stage: F.interpolate(ab, size, mode="bilinear", align_corners=False) for stage, ab in colours.ab.items()
+        }
+        columns |= _ab_columns(whole, batch.ab, weight)
+        slow = _slow_columns(colours, whole, batch, real, pool)
         if len(network.head.weight) == BINS:
             labels = gamut.nearest(F.avg_pool2d(batch.ab, OUTPUT_STRIDE)).long()
             classifier = [
-                _classifier_scores(network, *one)
-                for one in zip(colours.features, labels, colours.confidence, strict=True)
+                _classifier_scores(network, colours.features[slot], labels[slot], colours.confidence[slot])
+                for slot in real
             ]
+    # [columns + 1, B]: one copy from the device for all of them
+    *values, rarities = torch.stack([*columns.values(), rarity]).tolist()
     result = []
-    order = [name for name in METRICS if name in columns[RAW]]
-    for i, sample in enumerate(batch.sample.tolist()):
-        shown = sample < pictures
-        result.append(
-            Scored(
-                sample,
-                {stage: {name: rows[name][i] for name in order} for stage, rows in columns.items()},
-                rarity[i],
-                *classifier[i],
-                pictures={stage: picture[i].numpy() for stage, picture in colours.pictures.items()} if shown else {},
-                confidence=colours.confidence[i].mul(255).round().byte().cpu().numpy() if shown else None,
-            )
-        )
+    for slot, one, facts in zip(real, slow, classifier, strict=True):
+        row = {column: value[slot] for column, value in zip(columns, values, strict=True)} | one
+        scores = {stage: {name: row[stage, name] for name in METRICS if (stage, name) in row} for stage in colours.ab}
+        sample = int(batch.sample[slot])
+        shown = colours.shown(slot) if sample < pictures else ({}, None)
+        result.append(Scored(sample, scores, rarities[slot], *facts, *shown))
     return result
 
 
-def _slow_scores(task: tuple[Picture, Picture, NDArray[Any], NDArray[Any], NDArray[Any]]) -> dict[str, float]:
-    """What numpy computes photograph by photograph, in threads: (picture, truth, ab, true ab, L)."""
+def _picture_columns(colours: Colours) -> Columns:
+    columns: Columns = {}
+    for stage in colours.ab:
+        error = metrics.mse(colours.pictures[stage], colours.pictures[TRUTH])
+        columns |= {(stage, "psnr"): metrics.psnr(error), (stage, "mse"): error}
+    return columns
+
+
+def _ab_columns(whole: Mapping[str, Tensor], truth: Tensor, weight: Tensor) -> Columns:
+    """Stage -> ab [B, 2, H, W], true ab [B, 2, H, W], weight [B, H, W] of the true colors."""
+    columns: Columns = {}
+    for stage, ab in whole.items():
+        near, error = metrics.within(ab, truth), metrics.mse_ab(ab, truth)
+        columns |= {
+            (stage, "psnr_ab"): metrics.psnr(error),
+            (stage, "mse_ab"): error,
+            (stage, "auc"): 100 * near.mean(dim=(1, 2)),
+            (stage, "auc_rebalanced"): 100 * (near * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)),
+        }
+    return columns
+
+
+def _slow_columns(
+    colours: Colours, whole: Mapping[str, Tensor], batch: Batch, real: Sequence[int], pool: ThreadPoolExecutor
+) -> list[dict[tuple[str, str], float]]:
+    """For each photograph (stage, metric) -> value: what numpy computes photograph by photograph, in threads."""
+    rows: list[dict[tuple[str, str], float]] = [{} for _ in real]
+    truth, true_ab, lightness = (t.cpu().numpy() for t in (colours.pictures[TRUTH], batch.ab, batch.L[:, 0]))
+    for stage, ab in whole.items():
+        arrays = colours.pictures[stage].cpu().numpy(), truth, ab.cpu().numpy(), true_ab, lightness
+        tasks = ([array[slot] for array in arrays] for slot in real)
+        for row, facts in zip(rows, pool.map(_slow_scores, tasks), strict=True):
+            row |= {(stage, name): value for name, value in facts.items()}
+    return rows
+
+
+def _slow_scores(task: Sequence[NDArray[Any]]) -> dict[str, float]:
+    """Of one photograph: (picture, truth, ab, true ab, L)."""
     from dist_colorize import splotches  # scipy.ndimage is slow to import; training evaluates at its end
 
     picture, truth, ab, true_ab, lightness = task
@@ -159,7 +182,12 @@ class Colours:
     confidence: Tensor
     """[B, h, w]."""
     pictures: dict[str, Tensor]
-    """Stage, and TRUTH -> uint8 [B, H, W, 3] on the CPU."""
+    """Stage, and TRUTH -> uint8 [B, H, W, 3], where the network is."""
+
+    def shown(self, slot: int) -> tuple[dict[str, Picture], Picture]:
+        """Pictures and confidence of one photograph, see Scored."""
+        pictures = {stage: whole[slot].cpu().numpy() for stage, whole in self.pictures.items()}
+        return pictures, self.confidence[slot].mul(255).round().byte().cpu().numpy()
 
 
 def colourize(network: Network, batch: Batch, preset: Preset, backend: TorchBackend) -> Colours:
@@ -171,13 +199,7 @@ def colourize(network: Network, batch: Batch, preset: Preset, backend: TorchBack
     # in a preset without stages, raw is also final
     named = {GRAY: torch.zeros_like(stages[0][1]), RAW: stages[0][1], **dict(_numbered(stages[1:-1]))}
     named[FINAL] = stages[-1][1]
-    size = (batch.L.shape[-2], batch.L.shape[-1])
-
-    def compose(ab: Tensor) -> Tensor:
-        pictures = [backend.compose(L[0], one, size, 0, 8) for L, one in zip(batch.L, ab, strict=True)]
-        return torch.stack(pictures).cpu()
-
-    pictures = {name: compose(ab) for name, ab in named.items()} | {TRUTH: compose(batch.ab)}
+    pictures = {name: backend.pictures(batch.L, ab) for name, ab in [*named.items(), (TRUTH, batch.ab)]}
     return Colours(features, named, confidence, pictures)
 
 

@@ -90,8 +90,18 @@ class TorchBackend:
     def compose(self, lightness: Tensor, ab: Tensor, size: tuple[int, int], row0: int, bits: int) -> Tensor:
         from dist_colorize.postprocess import merge
 
-        # whatever the device: finished pixels are on their way to the host
-        return merge.compose(lightness.cpu(), ab.cpu(), size, row0, bits)
+        if self.device.type == "cpu":
+            return merge.compose(lightness, ab, size, row0, bits)
+        return merge.in_torch(lightness[None], ab[None], size, row0, bits)[0]
+
+    def pictures(self, lightness: Tensor, ab: Tensor) -> Tensor:
+        """Whole 8-bit pictures of a batch: L [B, 1, H, W], ab [B, 2, h, w] -> uint8 [B, H, W, 3], on the device."""
+        from dist_colorize.postprocess import merge
+
+        levels, size = lightness[:, 0], (lightness.shape[-2], lightness.shape[-1])
+        if self.device.type == "cpu":
+            return torch.stack([merge.compose(L, one, size, 0, 8) for L, one in zip(levels, ab, strict=True)])
+        return merge.in_torch(levels, ab, size, 0, 8)
 
 
 def gaussian(image: Tensor, sigma: float) -> Tensor:

@@ -1,13 +1,16 @@
-"""Lightness at full resolution + ab at the network's resolution -> sRGB pixels, a row at a time, on the CPU.
+"""Lightness at full resolution + ab at the network's resolution -> sRGB pixels.
 
-Equals `lab_to_srgb(L, clamp_to_gamut(L, bilinear(ab)))` of color.lab, in one pass over memory. Whether a colour lies in
-the gamut is decided in linear light, so the costly power of the sRGB curve is taken once for each channel. Each row is
-made by itself: a picture composed in strips equals, to the bit, the picture composed at once.
+Equals `lab_to_srgb(L, clamp_to_gamut(L, bilinear(ab)))` of color.lab. Whether a color lies in the gamut is decided in
+linear light, so the costly power of the sRGB curve is taken once for each channel.
+
+`compose` runs on the CPU, in one pass over memory. Each row is made by itself: a picture composed in strips equals, to
+the bit, the picture composed at once. `in_torch` runs on any device, for a batch.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,8 +42,7 @@ Taps = tuple[NDArray[np.int64], NDArray[np.int64], Floats]
 def compose(lightness: Tensor, ab: Tensor, size: tuple[int, int], row0: int, bits: int) -> Tensor:
     """See stages.Backend.compose: lightness [n, W], ab [2, h, w] -> sRGB [n, W, 3], uint8 or uint16; all on the CPU."""
     rows, width = lightness.shape
-    if width != size[1] or not 0 <= row0 <= size[0] - rows or bits not in (8, 16):
-        raise ValueError(f"rows {row0}+{rows} of width {width} with {bits} bits do not fit a picture of {size}")
+    _require_fit(rows, width, size, row0, bits)
     result = np.empty((rows, width, 3), np.uint8 if bits == 8 else np.uint16)
     levels, cells = np.ascontiguousarray(lightness.numpy()), np.ascontiguousarray(ab.numpy())
     upper, lower, down = bilinear_taps(ab.shape[1], size[0], row0, rows)
@@ -57,6 +59,58 @@ def compose(lightness: Tensor, ab: Tensor, size: tuple[int, int], row0: int, bit
         with ThreadPoolExecutor() as pool:
             list(pool.map(fill, range(0, rows, stretch)))
     return torch.from_numpy(result)
+
+
+def in_torch(lightness: Tensor, ab: Tensor, size: tuple[int, int], row0: int, bits: int) -> Tensor:
+    """The same in torch's operations, for a batch on any device: [B, n, W], [B, 2, h, w] -> sRGB [B, n, W, 3] there.
+
+    Within 1 level of `compose`. Nothing waits for the device: every pixel takes the bisection's steps, those inside the
+    gamut in vain.
+    """
+    rows, width = lightness.shape[-2:]
+    _require_fit(rows, width, size, row0, bits)
+    upper, lower, down = _taps_on(ab.device, ab.shape[2], size[0], row0, rows)
+    before, after, along = _taps_on(ab.device, ab.shape[3], width, 0, width)
+    # [B, 2, h, w] -> [B, 2, n, w] -> [B, 2, n, W] -> a, b: [B, n, W]
+    ab = ab[:, :, upper].lerp(ab[:, :, lower], down[:, None])
+    a, b = ab[..., before].lerp(ab[..., after], along).unbind(1)
+    inside, step = torch.zeros_like(lightness), 1.0
+    for _ in range(lab.GAMUT_STEPS):
+        step /= 2
+        middle = inside + step
+        inside = torch.where(_outside_in_torch(*_linear_in_torch(lightness, a * middle, b * middle)), inside, middle)
+    share = torch.where(_outside_in_torch(*_linear_in_torch(lightness, a, b)), inside, 1.0)
+    linear = torch.stack(_linear_in_torch(lightness, a * share, b * share), dim=-1)
+    largest = 2**bits - 1
+    # half a level is added for the rounding down that follows
+    levels = lab.srgb_from_linear(linear).clamp(0, 1) * largest + 0.5
+    return levels.to(torch.uint8 if bits == 8 else torch.uint16)
+
+
+@lru_cache(maxsize=16)
+def _taps_on(device: torch.device, small: int, large: int, start: int, count: int) -> tuple[Tensor, ...]:
+    """bilinear_taps on a device; kept, as each copy to it waits."""
+    return tuple(torch.from_numpy(tap).to(device) for tap in bilinear_taps(small, large, start, count))
+
+
+def _require_fit(rows: int, width: int, size: tuple[int, int], row0: int, bits: int) -> None:
+    if width != size[1] or not 0 <= row0 <= size[0] - rows or bits not in (8, 16):
+        raise ValueError(f"rows {row0}+{rows} of width {width} with {bits} bits do not fit a picture of {size}")
+
+
+def _linear_in_torch(level: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """L*, a*, b* -> linear sRGB, not clipped; constants go as numbers, which need no copy to the device."""
+    fy = (level + 16) / 116
+    x, y, z = (
+        torch.where(f > 0.2068966, f * f * f, (f - lab.OFFSET) / lab.SLOPE) for f in (fy + a / 500, fy, fy - b / 200)
+    )
+    red, green, blue = (x * row[0] + y * row[1] + z * row[2] for row in _MATRIX.tolist())
+    return red, green, blue
+
+
+def _outside_in_torch(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
+    least, most = torch.minimum(torch.minimum(red, green), blue), torch.maximum(torch.maximum(red, green), blue)
+    return (least < float(_LOWEST)) | (most > float(_HIGHEST))
 
 
 @compiled

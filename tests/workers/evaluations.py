@@ -39,7 +39,7 @@ def main(folder: str, method: str) -> None:
     network = build(model)
     initialise(network, model, torch.rand(4, 1, SIZE, SIZE) * 100)
     torch.nn.init.normal_(network.head.weight, std=0.5)
-    with session(DistributedConfig(device="cpu")) as world:
+    with session(DistributedConfig(device="cpu", threads=1)) as world:
         weights = torch.linspace(0.5, 2, BINS)
         result = evaluate(network.eval(), batches(world), load_preset("final"), world, 2, None, weights)
         if world.is_leader:
