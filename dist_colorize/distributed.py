@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from dist_colorize.errors import Interrupted, UserError
-from dist_colorize.hardware import usable_cores
+from dist_colorize.hardware import usable_cores, use_ieee_fp32
 from dist_colorize.heartbeat import Heartbeat, Launcher, PeerLost
 from dist_colorize.rendezvous import Rendezvous, environment_number
 from dist_colorize.stopping import StopFlag
@@ -190,6 +190,7 @@ def session(config: DistributedConfig) -> Iterator[World]:
     meeting = Rendezvous(rank, size, config.timeout, launcher)
     device = own_device(config, local_rank)  # where rank 0 has none, the others hear of it as its store goes
     backend = _agreed_backend(config, meeting.exchange("identity", _identity(device)))
+    use_ieee_fp32()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     shares = meeting.exchange("share", str(usable_cores() // local_size))

@@ -25,6 +25,18 @@ def cpu_has_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def use_ieee_fp32() -> None:
+    """Makes fp32 mean IEEE single precision in this process: no TF32, which keeps 10 bits of the products' mantissas.
+
+    cuDNN's convolutions use TF32 by default, and NVIDIA's containers ask for it in matrix products too
+    (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE). Without it a GPU gives what a CPU gives, up to rounding.
+    """
+    # By these names both torch's older and newer settings agree afterwards. Where torch.backends.*.fp32_precision is
+    # set instead, whatever asks by the older name raises: torch.backends.cudnn.flags, torch.compile's convolutions.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def usable_cores() -> int:
     """Cores of this node that this process and those beside it may use: its affinity, a container's quota where one is
     set, and what SLURM gave to the tasks on a node where it was asked for cores per task."""
