@@ -1,9 +1,9 @@
 """Evaluation over a set of photographs, for `train` and `evaluate`: scores per post-processing stage, and pictures.
 
 Every rank scores its own share of the photographs; the scores of each photograph are gathered, put in the order of the
-photographs and only then averaged. Padding is computed with the rest of its batch and then dropped, so that a photograph
-is always computed at the same place of the same batch. So on a CPU the table is the same to the bit at any world size
-with the same `evaluate.batch` and the same `distributed.threads`; on a GPU it is the same up to rounding.
+photographs and only then averaged. Padding is computed with the rest of its batch and dropped afterwards: a photograph
+has the same place in the same batch at any world size. So on a CPU the table is the same to the bit at any world size
+with the same `evaluate.batch` and `distributed.threads`; on a GPU it is the same up to rounding.
 """
 
 from __future__ import annotations

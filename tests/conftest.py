@@ -9,19 +9,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 # pytest finds hooks by name
 from own_process import pytest_pyfunc_call, pytest_runtest_logreport, pytest_runtest_logstart  # noqa: F401
 
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.own_process])]
-"""Parameters of a test that runs on the CPU, and on a GPU where there is one; there what it calls may crash."""
+if TYPE_CHECKING:
+    import torch
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 """For `parametrize("device", DEVICES)`: what must hold on a CPU and on a GPU alike."""
+DECODING_DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.own_process])]
+"""The same for tests that decode images, which can crash the process on a GPU."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,6 +47,23 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def ieee_fp32(request: pytest.FixtureRequest) -> None:
+    """Tests that need a GPU compute in fp32 as the product does."""
+    if "gpu" in request.keywords:
+        from dist_colorize.hardware import use_ieee_fp32
+
+        use_ieee_fp32()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The test runs on the CPU, and on the first GPU where there is one."""
+    import torch
+
+    return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, run_torchrun
+from conftest import DECODING_DEVICES, DEVICES, run_torchrun
 
 from dist_colorize.color.rebalance import EXTENT, count_cells
 from dist_colorize.data import DataConfig, evaluation_batches, histogram, open_photographs
@@ -19,7 +19,6 @@ from dist_colorize.stopping import StopFlag
 WORKER = Path(__file__).parent / "workers" / "colours.py"
 
 
-CHILD_DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 """Of tests that start processes of their own anyway."""
 
 
@@ -32,7 +31,7 @@ def count(ranks: int, folder: Path, device: str, sample: float = 1.0) -> dict[st
     return result
 
 
-@pytest.mark.parametrize("device", CHILD_DEVICES)
+@pytest.mark.parametrize("device", DEVICES)
 def test_weights_are_the_same_to_the_bit_at_world_sizes_1_2_3(tmp_path: Path, device: str) -> None:
     results = []
     for ranks in (1, 2, 3):
@@ -44,7 +43,7 @@ def test_weights_are_the_same_to_the_bit_at_world_sizes_1_2_3(tmp_path: Path, de
         assert torch.equal(other["weights"], results[0]["weights"])
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DECODING_DEVICES)
 def test_counts_equal_numpy_and_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: Any) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     data = DataConfig(crop=64)
@@ -69,7 +68,7 @@ def test_counts_equal_numpy_and_are_cached(tmp_path: Path, monkeypatch: pytest.M
         assert torch.equal(histogram.count_colours(photographs, data, 1.0, world, stop), found)
 
 
-@pytest.mark.parametrize("device", CHILD_DEVICES)
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_sample_counts_the_first_rows(tmp_path: Path, device: str) -> None:
     assert count(2, tmp_path, device, sample=0.25)["cells"].sum() == 2 * 64 * 64
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES
+from conftest import DECODING_DEVICES
 from PIL import Image
 from skimage import data as photos
 from skimage.color import rgb2lab
@@ -30,7 +30,7 @@ from dist_colorize.errors import UserError
 CONFIG = DataConfig(crop=64, threads=1)
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=DECODING_DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     """Where batches are made and decoded."""
     return request.param

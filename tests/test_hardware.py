@@ -94,7 +94,7 @@ def test_a_session_computes_in_ieee_single_precision() -> None:
 
 @pytest.mark.gpu
 def test_products_and_convolutions_on_a_gpu_are_those_of_ieee_single_precision() -> None:
-    """TF32 would be off by 1e-3 of the largest value; fp32 by 1e-6."""
+    """TF32 would be off by some 3e-4 of the largest value, fp32 by some 1e-6."""
     use_ieee_fp32()
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(256, 256, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -104,4 +104,4 @@ def test_products_and_convolutions_on_a_gpu_are_those_of_ieee_single_precision()
         (left @ right, left.cuda().float() @ right.cuda().float()),
         (F.conv2d(image, weight), F.conv2d(image.cuda().float(), weight.cuda().float())),
     ):
-        assert (found.cpu().double() - exact).abs().max() < 1e-5 * exact.abs().max()
+        assert (found.cpu().double() - exact).abs().max() < 3e-5 * exact.abs().max()

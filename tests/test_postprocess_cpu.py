@@ -8,13 +8,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from emulator.cupy_standin import DeviceMemory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from skimage.color import lab2rgb
 
 from dist_colorize.color.gamut import bin_centers
-from dist_colorize.postprocess import expectation
+from dist_colorize.postprocess import expectation, merge
 from dist_colorize.postprocess.cpu import TorchBackend, gaussian
 
 BACKEND = TorchBackend()
@@ -316,3 +317,36 @@ def test_compose_in_threads_is_the_same_and_works_in_inference_mode(monkeypatch)
     rows = [BACKEND.compose(lightness[row : row + 1], ab, (64, 3000), row, 8) for row in range(64)]
     with torch.inference_mode():
         assert (BACKEND.compose(lightness, ab, (64, 3000), 0, 8) == torch.cat(rows)).all()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("size", [(1, 1), (1, 3001), (33, 61), (224, 224), (500, 333)])
+def test_composing_in_torch_agrees_with_composing_by_rows(device, size, bits):
+    generator = torch.Generator().manual_seed(6)
+    lightness = 100 * torch.rand(3, *size, generator=generator)
+    ab = 40 * torch.randn(3, 2, -(-size[0] // 2), -(-size[1] // 2), generator=generator)
+    found = merge.in_torch(lightness.to(device), ab.to(device), size, 0, bits).cpu()
+    expected = torch.stack([merge.compose(*one, size, 0, bits) for one in zip(lightness, ab, strict=True)])
+    assert found.dtype == expected.dtype
+    # out of gamut a step of the bisection may fall on either side: 1 part in 4096 of the chroma
+    apart = (found.int() - expected.int()).abs()
+    assert (apart <= 1).double().mean() >= 0.999 and apart.max() <= 1 * 257 ** (bits == 16)
+    backend = TorchBackend(device)
+    if bits == 8:
+        whole = backend.pictures(lightness[:, None].to(device), ab.to(device)).cpu()
+        assert whole.shape == (3, *size, 3) and torch.equal(whole, expected if device.type == "cpu" else found)
+    first = size[0] // 3
+    strip = backend.compose(lightness[0, first:].to(device), ab[0].to(device), size, first, bits).cpu()
+    assert torch.equal(strip, expected[0, first:] if device.type == "cpu" else found[0, first:])
+
+
+def test_composing_in_torch_waits_for_nothing():
+    with DeviceMemory(host_copies=False):
+        merge.in_torch(torch.full((1, 9, 9), 50.0), torch.zeros(1, 2, 5, 5), (9, 9), 0, 8)
+
+
+@pytest.mark.parametrize(("size", "row0", "bits"), [((9, 8), 0, 8), ((9, 9), 1, 8), ((9, 9), -1, 8), ((9, 9), 0, 12)])
+def test_rows_that_do_not_fit_the_picture_are_refused(size, row0, bits):
+    for compose in (BACKEND.compose, lambda L, ab, *rest: merge.in_torch(L[None], ab[None], *rest)):
+        with pytest.raises(ValueError, match="do not fit"):
+            compose(torch.zeros(9, 9), torch.zeros(2, 5, 5), size, row0, bits)
