@@ -145,12 +145,12 @@ def test_right_launch_is_accepted():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"ab": torch.zeros(1, 2, 4, 8, dtype=torch.float64)}, "must be an array of float32"),
-        ({"state": torch.zeros(1, 4, 8, dtype=torch.int32)}, "must be an array of uint8"),
+        ({"ab": torch.zeros(1, 2, 4, 8, dtype=torch.float64)}, "must be the address of float32"),
+        ({"state": torch.zeros(1, 4, 8, dtype=torch.int32)}, "must be the address of uint8"),
         ({"plane": np.float32(32)}, "must be int32"),
         ({"plane": torch.zeros(1)}, "must be int32"),
         ({"min_chroma": np.int32(1)}, "must be float32"),
-        ({"confidence": np.float32(1)}, "must be an array"),
+        ({"confidence": np.float32(1)}, "must be the address"),
         ({"ab": torch.zeros(1, 2, 4, 7)}, "touched"),
         ({"state": torch.zeros(1, 4, 7, dtype=torch.uint8)}, "outside its bounds"),
     ],
@@ -158,6 +158,14 @@ def test_right_launch_is_accepted():
 def test_wrong_argument_is_refused(changed, message):
     with pytest.raises(EmulatorError, match=message):
         launch(mark_arguments(**changed))
+
+
+def test_one_kind_of_16_bits_for_another_is_refused():
+    logits, bias = torch.zeros(313, 128, dtype=torch.bfloat16), torch.zeros(313)
+    ab, confidence = torch.zeros(1, 2, 1, 128), torch.zeros(1, 1, 128)
+    scalars = [*map(np.int32, (128, 128, 0, 128)), np.float32(1)]
+    with pytest.raises(EmulatorError, match="is bfloat16"), emulated_gpu(host_copies=True):
+        kernels.launch("decode", "decode_planar_float16", (1,), (32, 8), [logits, bias, ab, confidence, *scalars])
 
 
 def test_python_number_is_refused():
@@ -170,6 +178,40 @@ def test_strided_array_is_refused():
     # CuPy would pass the pointer and forget the strides
     with pytest.raises(ValueError, match="not contiguous"):
         launch(mark_arguments(ab=torch.zeros(1, 2, 8, 4).transpose(2, 3)))
+
+
+def mark(addresses: Callable[[list[torch.Tensor]], list[object]]) -> None:
+    """Launches repair_mark with whatever `addresses` makes of its tensors, past the checks of kernels.launch."""
+    *tensors, plane, min_chroma, max_confidence = mark_arguments()
+    with emulated_gpu(host_copies=True):
+        module = cupy_standin.RawModule(code=kernels.source("repair"), options=kernels.options())
+        passed = addresses(tensors)
+        with cupy_standin.Stream("torch's stream"):
+            function = module.get_function("repair_mark")
+            function((1,), (256,), (*passed, plane, min_chroma, max_confidence))
+
+
+def test_addresses_of_living_tensors_are_accepted():
+    mark(lambda tensors: [np.uint64(tensor.data_ptr()) for tensor in tensors])
+
+
+@pytest.mark.parametrize(
+    ("addresses", "message"),
+    [
+        (
+            lambda tensors: [tensor.data_ptr() for tensor in tensors],
+            "got int",
+        ),  # a Python number's size is CuPy's choice
+        (lambda tensors: [np.int32(1)] * 3, "got int32"),  # the kernel would read 64 bits
+        (lambda tensors: [np.uint64(0)] * 3, "no living tensor"),
+        (lambda tensors: [np.uint64(tensor.data_ptr() + 4) for tensor in tensors], "no living tensor"),
+        (lambda tensors: [np.uint64(tensor.clone().data_ptr()) for tensor in tensors], "no living tensor"),
+    ],
+    ids=["int", "int32", "null", "inside", "freed"],
+)
+def test_what_is_no_address_of_a_living_tensor_is_refused(addresses, message):
+    with pytest.raises(EmulatorError, match=message):
+        mark(addresses)
 
 
 def test_wrong_number_of_arguments_is_refused():
@@ -244,7 +286,7 @@ def test_half_precision_is_read_right():
         function = cupy_standin.RawModule(code=code, options=kernels.options()).get_function("widen")
         half, brain = torch.empty(2**16), torch.empty(2**16)
         with cupy_standin.Stream("torch's stream"):
-            function((64,), (256,), tuple(map(cupy_standin.from_dlpack, (patterns, half, brain))))
+            function((64,), (256,), tuple(np.uint64(tensor.data_ptr()) for tensor in (patterns, half, brain)))
     torch.testing.assert_close(half, patterns.view(torch.float16).float(), rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(brain, patterns.view(torch.bfloat16).float(), rtol=0, atol=0, equal_nan=True)
 

@@ -222,8 +222,7 @@ def decode_logits(
         (-(-cells // per_block),),
         block,
         [
-            # 16-bit floats go as bare patterns
-            *(logits if kind == "float32" else logits.view(torch.int16), bias, ab, confidence),
+            *(logits, bias, ab, confidence),
             *(np.int32(cells), np.int32(logits.stride(0)), np.int32(first), np.int32(plane)),
             np.float32(math.log2(math.e) / temperature),
         ],

@@ -103,22 +103,27 @@ def launch(
 ) -> None:
     """Runs a kernel of kernels/NAME.cu in torch's current stream of the tensors' device.
 
-    CuPy ignores strides and passes a Python number as 64 bits: tensors must be contiguous (fp16 and bf16 viewed as
-    int16) and scalars np.int32 or np.float32; TypeError or ValueError otherwise. An empty grid is a ValueError.
+    Tensors go as the addresses of their first elements, scalars as they are: tensors must be contiguous and on one
+    device, scalars np.int32 or np.float32 (CuPy passes a Python number as 64 bits). The kernel alone knows how many
+    elements of which kind it finds at an address. TypeError or ValueError otherwise, and for an empty grid.
     """
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    device = tensors[0].device
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            if not argument.is_contiguous():
-                raise ValueError(f"{kernel}: a tensor of shape {tuple(argument.shape)} is not contiguous")
-        elif not isinstance(argument, (np.int32, np.float32)):
+        if not isinstance(argument, (Tensor, np.int32, np.float32)):
             raise TypeError(f"{kernel}: scalars must be np.int32 or np.float32, got {type(argument).__name__}")
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            raise ValueError(f"{kernel}: a tensor of shape {tuple(tensor.shape)} is not contiguous")
+        if tensor.device != device:
+            raise ValueError(f"{kernel}: a tensor of shape {tuple(tensor.shape)} is on {tensor.device}, not {device}")
     if min(grid) < 1:
         raise ValueError(f"{kernel}: the grid {tuple(grid)} is empty")
-    cupy = cupy_module()
-    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    with cupy.cuda.Device(device.index) if device.index is not None else nullcontext():
+    # 64 bits each. The memory stays the tensors' until the kernel has run: torch gives what is freed to later work of
+    # the same stream alone.
+    passed = [np.uint64(item.data_ptr()) if isinstance(item, Tensor) else item for item in arguments]
+    # CuPy takes the device that torch has made current, and in a thread that chose none torch takes GPU 0
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         function = _function(name, kernel, device.index)
-        with cupy.cuda.Stream.from_external(torch.cuda.current_stream(device)):
-            # The consumer's stream is the producer's: DLPack's exchange inserts no wait
-            passed = [cupy.from_dlpack(item.detach()) if isinstance(item, Tensor) else item for item in arguments]
+        with cupy_module().cuda.Stream.from_external(torch.cuda.current_stream(device)):
             function(tuple(grid), tuple(block), tuple(passed))

@@ -1,9 +1,10 @@
 """Stands in for the few CuPy names that dist_colorize.postprocess.kernels uses; strict where CuPy and CUDA are lax.
 
 `emulated_gpu()` is a context in which `kernels.launch` runs the real launch configuration through the emulator: torch
-tensors on the CPU stand for device memory. Errors: a wrong number or type of arguments, a Python number, an array
-that is not contiguous or of another dtype, an empty grid, a block above __launch_bounds__, an output that overlaps
-another argument, a hidden copy to the host of anything but finished pixels. Memory fresh from torch.empty holds NaN.
+tensors on the CPU stand for device memory. Errors: a wrong number or type of arguments, a Python number, an address
+that is no living tensor's, a tensor that is not contiguous or of another dtype, an empty grid, a block above
+__launch_bounds__, an output that overlaps another argument, a hidden copy to the host of anything but finished pixels.
+Memory fresh from torch.empty holds NaN.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import functools
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from torch.overrides import TorchFunctionMode
 
 from emulator.compiler import Array, EmulatorError, Flavour, Library
 
+BARE_PATTERNS = {"float16": "int16", "bfloat16": "int16"}
+"""Kernels take 16-bit floats as bare patterns."""
 LIMITS = {"grid": (2**31 - 1, 65535, 65535), "block": (1024, 1024, 64), "threads": 1024, "shared": 48 * 1024}
 
 
@@ -48,21 +52,32 @@ def library(code: str, options: tuple[str, ...], flavour: Flavour) -> Library:
     return Library(code, include, flavour)
 
 
-@dataclass(frozen=True)
-class DeviceArray:
-    """What from_dlpack gives: the memory of a tensor."""
+class Addresses:
+    """Which tensor an address stands for: the last one that was asked for it, as long as it lives."""
 
-    tensor: Tensor
+    def __init__(self) -> None:
+        self._tensors: dict[int, weakref.ref[Tensor]] = {}
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Within it Tensor.data_ptr notes what it gives out."""
+        genuine = Tensor.data_ptr
+
+        def data_ptr(tensor: Tensor) -> int:
+            address = genuine(tensor)
+            self._tensors[address] = weakref.ref(tensor)
+            return address
+
+        with mock.patch.object(Tensor, "data_ptr", data_ptr):
+            yield
+
+    def tensor(self, address: int) -> Tensor | None:
+        """None where no living tensor has given out this address."""
+        noted = self._tensors.get(address)
+        return None if noted is None else noted()
 
 
-def from_dlpack(tensor: Tensor) -> DeviceArray:
-    if not isinstance(tensor, Tensor):
-        raise EmulatorError(f"from_dlpack takes a tensor, got {type(tensor).__name__}")
-    if tensor.requires_grad:
-        raise EmulatorError("from_dlpack refuses a tensor that requires a gradient")
-    if tensor.dtype == torch.bfloat16:
-        raise EmulatorError("CuPy has no bfloat16: view it as int16")
-    return DeviceArray(tensor)
+_addresses = Addresses()
 
 
 class RawModule:
@@ -110,11 +125,17 @@ class RawKernel:
                     raise EmulatorError(f"{where}: must be {parameter.dtype}, got {type(argument).__name__}")
                 arguments.append(argument)
                 continue
-            if not isinstance(argument, DeviceArray):
-                raise EmulatorError(f"{where}: must be an array of {parameter.dtype}, got {type(argument).__name__}")
-            tensor = argument.tensor
-            if str(tensor.dtype).removeprefix("torch.") != str(parameter.dtype):
-                raise EmulatorError(f"{where}: must be an array of {parameter.dtype}, got {tensor.dtype}")
+            # 64 bits, as CuPy passes a scalar by the size of its type
+            if not isinstance(argument, np.uint64):
+                raise EmulatorError(f"{where}: must be the address of {parameter.dtype}, got {type(argument).__name__}")
+            tensor = _addresses.tensor(int(argument))
+            if tensor is None:
+                raise EmulatorError(f"{where}: {int(argument):#x} is the address of no living tensor")
+            kind = str(tensor.dtype).removeprefix("torch.")
+            if BARE_PATTERNS.get(kind, kind) != str(parameter.dtype):
+                raise EmulatorError(f"{where}: must be the address of {parameter.dtype}, got {tensor.dtype}")
+            if kind in BARE_PATTERNS and not self.name.endswith(f"_{kind}"):
+                raise EmulatorError(f"{where}: is {kind}, which this kernel is not for")
             if not tensor.is_contiguous():
                 raise EmulatorError(f"{where}: is not contiguous")
             offset = tensor.data_ptr() - tensor.untyped_storage().data_ptr()
@@ -188,9 +209,8 @@ class DeviceMemory(TorchFunctionMode):
 def standin() -> types.ModuleType:
     """A module with CuPy's name and the names used of it."""
     module = types.ModuleType("cupy")
-    module.from_dlpack = from_dlpack  # type: ignore[attr-defined]
     module.RawModule = RawModule  # type: ignore[attr-defined]
-    module.cuda = types.SimpleNamespace(Stream=Stream, Device=lambda index: nullcontext())  # type: ignore[attr-defined]
+    module.cuda = types.SimpleNamespace(Stream=Stream)  # type: ignore[attr-defined]
     return module
 
 
@@ -228,6 +248,7 @@ def emulated_gpu(
     kernels._function.cache_clear()
     with (
         _module("cupy", standin()),
+        _addresses.noted(),
         mock.patch.object(torch.cuda, "current_stream", return_value="torch's stream"),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
         mock.patch.object(kernels, "open_device", return_value=torch.device("cpu")),
