@@ -437,7 +437,7 @@ def test_gpu_without_a_gpu_is_an_error(here):  # noqa: F811
 @pytest.fixture
 def driver(monkeypatch) -> SimpleNamespace:
     """A driver whose answers a test sets."""
-    answers = SimpleNamespace(error=None, count=1, capability=(9, 0))
+    answers = SimpleNamespace(error=None, count=1, capability=(9, 0), chosen=[])
 
     def init() -> None:
         if answers.error:
@@ -447,6 +447,7 @@ def driver(monkeypatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: answers.count)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: answers.capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A card")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: answers.chosen.append(str(device)))
     return answers
 
 
@@ -469,12 +470,39 @@ def test_what_a_driver_may_answer(driver, changed, message):
     with pytest.raises(UserError, match=message) as caught:
         kernels.open_device()
     assert "\n" not in str(caught.value)
+    # every rank of the node says the same, but for what is amiss with its own GPU
+    assert caught.value.shared == ("capability" not in changed) and not driver.chosen
 
 
 def test_each_process_of_a_node_has_its_gpu(driver):
     assert kernels.open_device(3) == torch.device("cuda", 0)  # the cluster shows it its own one only
     driver.count = 8
     assert [kernels.open_device(rank).index for rank in range(10)] == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
+    # without that, threads and libraries would take GPU 0, and half a gigabyte of it for each process
+    assert driver.chosen == ["cuda:0", *(f"cuda:{index}" for index in [0, 1, 2, 3, 4, 5, 6, 7, 0, 1])]
+
+
+def test_a_process_opens_no_gpu_but_its_own(driver, here, monkeypatch):  # noqa: F811
+    """Rank 3 of 8: not even to see whether there are any."""
+    driver.count = 8
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    opened = []
+
+    class Opened(CudaBackend):
+        def __init__(self, device):
+            opened.append(str(device))
+            raise UserError("that is enough")
+
+    monkeypatch.setattr("dist_colorize.postprocess.cuda.CudaBackend", Opened)
+    with pytest.raises(UserError, match="enough"):
+        main(["--checkpoint", "runs/one", "in", "--output", "out", "--gpu"])
+    assert driver.chosen == opened == ["cuda:3"]
+
+
+def test_a_gpu_computes_in_ieee_single_precision(driver):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    kernels.open_device()
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_without_cupy(driver, monkeypatch):

@@ -90,9 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def colorize(arguments: argparse.Namespace, stop: StopFlag) -> int:
     """The command; returns its exit code."""
     ranks = Ranks.from_environment()
+    backend = _backend(arguments.gpu, ranks.local_rank)
     try:
         preset = load_preset(arguments.preset)
-        backend = _backend(arguments.gpu)
         trained = find_trained(arguments.checkpoint or newest_run(RUNS))
         output = arguments.output or _output_of(trained)
         all_jobs, complaints = _jobs(arguments.inputs, trained, output, stop)
@@ -100,8 +100,6 @@ def colorize(arguments: argparse.Namespace, stop: StopFlag) -> int:
     except UserError as mistake:
         mistake.shared = True  # every rank finds the same: one of them says so
         raise
-    if ranks.local_rank:
-        backend = _backend(arguments.gpu, ranks.local_rank)
     if ranks.local_size > 1:
         torch.set_num_threads(_own_cores())
     if ranks.is_leader:
@@ -247,7 +245,7 @@ def _own_cores() -> int:
     return max(1, usable_cores() // Ranks.from_environment().local_size)
 
 
-def _backend(gpu: bool, local_rank: int = 0) -> Backend:
+def _backend(gpu: bool, local_rank: int) -> Backend:
     if not gpu:
         return TorchBackend()
     from dist_colorize.postprocess.cuda import CudaBackend

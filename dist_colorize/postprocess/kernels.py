@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dist_colorize.errors import UserError
+from dist_colorize.hardware import use_ieee_fp32
 from dist_colorize.resources import resource
 
 OPTIONS = ("-std=c++17", "--use_fast_math")
@@ -54,7 +55,9 @@ def options() -> tuple[str, ...]:
 def open_device(local_rank: int = 0) -> torch.device:
     """The GPU of this process of the node, ready for use; UserError in one line with the remedy where there is none.
 
-    Processes beyond the number of GPUs share them in turn; a cluster may show each task its own one only.
+    It becomes the current device of the calling thread, and fp32 means IEEE single precision from then on
+    (hardware.use_ieee_fp32). Processes beyond the number of GPUs share them in turn; a cluster may show each task its
+    own one only.
     """
     cupy_module()
     try:
@@ -62,9 +65,9 @@ def open_device(local_rank: int = 0) -> torch.device:
         count = torch.cuda.device_count()
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"no GPU can be used ({first_line}): {DRIVER_REMEDY}") from None
+        raise UserError(f"no GPU can be used ({first_line}): {DRIVER_REMEDY}", shared=True) from None
     if count == 0:
-        raise UserError(f"no GPU is visible (CUDA_VISIBLE_DEVICES?): {DRIVER_REMEDY}")
+        raise UserError(f"no GPU is visible (CUDA_VISIBLE_DEVICES?): {DRIVER_REMEDY}", shared=True)
     index = local_rank % count
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST_ARCHITECTURE:
@@ -73,7 +76,10 @@ def open_device(local_rank: int = 0) -> torch.device:
             f"GPU {index} ({torch.cuda.get_device_name(index)}) has compute capability {found}, the kernels need "
             f"{needed} or newer: leave --gpu away to use the CPU"
         )
-    return torch.device("cuda", index)
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    use_ieee_fp32()
+    return device
 
 
 def cupy_module() -> ModuleType:
@@ -83,7 +89,8 @@ def cupy_module() -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"--gpu needs CuPy, which cannot be imported ({error}): pip install cupy-cuda13x, or cupy-cuda12x "
-            "for CUDA 12 drivers"
+            "for CUDA 12 drivers",
+            shared=True,
         ) from None
 
 

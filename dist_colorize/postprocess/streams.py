@@ -31,12 +31,15 @@ class Streams:
         if self.device.type != "cuda":
             yield
             return
-        if not hasattr(self._mine, "stream"):
-            self._mine.stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(self._mine.stream):
-            if after is not None:
-                self._mine.stream.wait_event(after)
-            yield
+        # In a thread that has chosen no device the way back out of a stream would lead to GPU 0, and torch would take
+        # half a gigabyte there for its context.
+        with torch.cuda.device(self.device):
+            if not hasattr(self._mine, "stream"):
+                self._mine.stream = torch.cuda.Stream(self.device)
+            with torch.cuda.stream(self._mine.stream):
+                if after is not None:
+                    self._mine.stream.wait_event(after)
+                yield
 
     def mark(self) -> torch.cuda.Event | None:
         """The point that the current stream has been filled to."""
