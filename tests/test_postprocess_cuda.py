@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cuda_layouts import cuda_group_norm
 from emulator import compiler, cupy_standin
 from emulator.cupy_standin import emulated_gpu
 from hypothesis import HealthCheck, given, settings
@@ -308,7 +309,8 @@ def test_a_picture_in_strips_is_the_picture_at_once(gpu, bits):
 def everything(device: torch.device) -> dict[str, torch.Tensor]:
     """All primitives on a grid of several blocks with remainders in both directions."""
     calls = selfcheck.primitives(CudaBackend(device), selfcheck.scene(20, 40, scale=2))
-    return {name: call() for name, call in calls.items() if "16" not in name}
+    chosen = {name: call() for name, call in calls.items() if not name.endswith(("fp16", "bf16"))}
+    return {f"{name}: {output}": tensor for name, outputs in chosen.items() for output, tensor in outputs.items()}
 
 
 @needs_emulator
@@ -372,7 +374,8 @@ def test_sanitizers_find_nothing(flavour):
         with torch.no_grad(), emulated_gpu(kind, host_copies=True) as device:
             results.append(everything(device))
     for name, tensor in results[0].items():
-        assert_near(results[1][name].float(), tensor.float(), 1e-3 if name != "compose" else 1)
+        levels = 257 if "16 bits" in name else 1
+        assert_near(results[1][name].float(), tensor.float(), levels if "pixels" in name else 1e-3)
 
 
 @needs_emulator
@@ -403,18 +406,38 @@ def test_whole_pictures_agree_with_the_cpu(gpu, preset):
     assert (apart <= 1).mean() >= 0.999
 
 
+@pytest.mark.gpu
+def test_group_norm_on_a_gpu_answers_in_the_layout_that_the_other_tests_assume():
+    norm, seen = torch.nn.GroupNorm(2, 16), torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last)
+    with cuda_group_norm(), torch.no_grad():
+        assumed = norm(seen), torch.autocast("cpu", torch.bfloat16)(norm)(seen.bfloat16())
+    norm.cuda()
+    with torch.no_grad():
+        found = norm(seen.cuda()), torch.autocast("cuda", torch.bfloat16)(norm)(seen.cuda().bfloat16())
+    for one, other in zip(found, assumed, strict=True):
+        assert (one.dtype, one.stride()) == (other.dtype, other.stride())
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_the_command_runs_on_the_gpu_from_end_to_end(here, way):  # noqa: F811
+def test_the_command_runs_on_the_gpu_from_end_to_end(here, way, monkeypatch):  # noqa: F811
+    used = set()
+
+    def noted(name, kernel, *rest):
+        used.add(kernel)
+        kernels.launch(name, kernel, *rest)
+
+    monkeypatch.setattr("dist_colorize.postprocess.cuda.launch", noted)
     arguments = ["--checkpoint", "runs/one", "in", "--raw", "--confidence", "--panel", "--output"]
     assert main([*arguments, "cpu"]) == 0
+    assert not used
     if way == "device":
         assert main([*arguments, "gpu", "--gpu"]) == 0
     else:
-        with emulated_gpu(way, host_copies=True):
+        with cuda_group_norm(), emulated_gpu(way, host_copies=True):
             assert main([*arguments, "gpu", "--gpu"]) == 0
-            used = {name.rsplit("_float", 1)[0] for name, _, _ in cupy_standin.setting.launches}
-        # the network's features are channels last
-        assert used == {"decode_rows", "blend", "repair_mark", "repair_sweep", "repair_finish", "compose8", "compose16"}
+    # the last thing before the features is a GroupNorm, which answers in NCHW on CUDA
+    stages = {"blend", "repair_mark", "repair_sweep", "repair_finish"}
+    assert used == {"decode_planar_float32", *stages, "compose8", "compose16"}
     assert files(here / "gpu") == files(here / "cpu")
     for name in files(here / "cpu"):
         ours, theirs = (read(here / side / name) for side in ("gpu", "cpu"))
@@ -516,8 +539,86 @@ def test_without_cupy(driver, monkeypatch):
 
 def test_selfcheck_agrees(gpu):
     found = list(selfcheck.agreements(gpu))
-    assert [check.name for check in found if not check.ok] == []
-    assert len(found) == 10
+    assert [str(check) for check in found if not check.ok] == []
+    assert len(found) == 4 * 2 + 7
+
+
+@pytest.mark.gpu
+def test_torch_on_a_gpu_agrees_with_the_cpu():
+    """What scores validation photographs on a GPU."""
+    found = selfcheck.agreements(TorchBackend(kernels.open_device()))
+    assert [str(check) for check in found if not check.ok] == []
+
+
+def broken(breakage: str, tensor: torch.Tensor, tolerance: float) -> torch.Tensor:
+    if breakage == "shape":
+        return tensor[..., :1]
+    if breakage == "zero":
+        return torch.zeros_like(tensor)
+    if breakage == "off":
+        return tensor + (tolerance + (0.5 * tolerance if tensor.is_floating_point() else 1))
+    changed = tensor.double()
+    changed.view(-1)[len(changed.view(-1)) // 2] = math.nan
+    return changed
+
+
+KINDS = {
+    "decode": (torch.float32, True),
+    "decode, channels last": (torch.float32, False),
+    "decode, fp16": (torch.float16, True),
+    "decode, bf16": (torch.bfloat16, True),
+}
+
+
+@pytest.mark.parametrize("breakage", ["shape", "zero", "off", "nan"])
+@pytest.mark.parametrize("output", [0, 1], ids=["ab", "confidence"])
+@pytest.mark.parametrize("variant", KINDS)
+def test_selfcheck_notices_a_wrong_decode(variant, output, breakage):
+    """Each of its two results, in each of its four variants alone."""
+    name = ("ab", "confidence")[output]
+
+    class Broken(TorchBackend):
+        def decode(self, features, weight, bias, temperature):
+            results = list(super().decode(features, weight, bias, temperature))
+            if (features.dtype, features.is_contiguous()) == KINDS[variant]:
+                results[output] = broken(breakage, results[output], selfcheck.TOLERANCES[name])
+            return tuple(results)
+
+    found = [(check.name, check.output) for check in selfcheck.agreements(Broken()) if not check.ok]
+    assert found == [(variant, name)]
+
+
+def test_selfcheck_notices_a_confidence_that_is_a_thousandth_off():
+    class Broken(TorchBackend):
+        def decode(self, *arguments):
+            ab, confidence = super().decode(*arguments)
+            return ab, confidence + 1e-3
+
+    found = [(check.name, check.output) for check in selfcheck.agreements(Broken()) if not check.ok]
+    assert found == [(variant, "confidence") for variant in KINDS]
+
+
+@pytest.mark.parametrize("breakage", ["shape", "zero", "off", "nan"])
+@pytest.mark.parametrize(
+    ("primitive", "names"),
+    [
+        ("blend", ["blend", "blur"]),
+        ("scale_chroma", ["scale chroma", "scale chroma, red"]),
+        ("repair", ["repair"]),
+        ("compose", ["compose", "compose, 16 bits"]),
+    ],
+)
+def test_selfcheck_notices_a_wrong_result(primitive, names, breakage):
+    class Broken(TorchBackend):
+        pass
+
+    def method(self, *arguments):
+        right = getattr(TorchBackend, primitive)(self, *arguments)
+        tolerance = 16.0 if right.dtype == torch.uint16 else 1.0 if right.dtype == torch.uint8 else 2e-3
+        return broken(breakage, right.double() if breakage == "off" else right, tolerance)
+
+    setattr(Broken, primitive, method)
+    assert [check.name for check in selfcheck.agreements(Broken()) if not check.ok] == names
 
 
 @needs_emulator
@@ -528,6 +629,29 @@ def test_selfcheck_notices_a_wrong_kernel():
 
     with emulated_gpu(host_copies=True) as device:
         assert [check.name for check in selfcheck.agreements(Wrong(device)) if not check.ok] == ["blend", "blur"]
+
+
+def test_what_is_timed_is_the_primitive_alone():
+    """No copy of the check's own: what a call gives is what the backend returned, tensor by tensor."""
+    returned = []
+
+    class Watched(TorchBackend):
+        def __getattribute__(self, name):
+            value = super().__getattribute__(name)
+            return watch(value) if name in ("decode", "blend", "scale_chroma", "repair", "compose") else value
+
+    def watch(genuine):
+        def call(*arguments):
+            results = genuine(*arguments)
+            returned.extend(results if isinstance(results, tuple) else [results])
+            return results
+
+        return call
+
+    for call in selfcheck.primitives(Watched(), selfcheck.scene(8, 9)).values():
+        returned.clear()
+        given = list(call().values())
+        assert [id(tensor) for tensor in given] == [id(tensor) for tensor in returned]
 
 
 def test_selfcheck_measures(gpu, monkeypatch):
