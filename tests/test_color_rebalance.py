@@ -26,6 +26,7 @@ def test_cells_count_every_pixel_once() -> None:
     assert count_cells(one).nonzero().item() == (3 + EXTENT) * 2 * EXTENT + (-8 + EXTENT)
 
 
+@pytest.mark.bits
 def test_counting_in_parts_gives_the_same_weights_to_the_bit() -> None:
     parts = [some_ab(seed) for seed in range(6)]
     whole = count_cells(torch.cat(parts))

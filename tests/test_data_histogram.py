@@ -19,9 +19,6 @@ from dist_colorize.stopping import StopFlag
 WORKER = Path(__file__).parent / "workers" / "colours.py"
 
 
-"""Of tests that start processes of their own anyway."""
-
-
 def count(ranks: int, folder: Path, device: str, sample: float = 1.0) -> dict[str, Any]:
     """Counted anew in a cache folder of its own; on one GPU by all ranks where `device` is cuda."""
     environment = {"XDG_CACHE_HOME": str(folder), "CUDA_VISIBLE_DEVICES": "0"}
@@ -31,6 +28,7 @@ def count(ranks: int, folder: Path, device: str, sample: float = 1.0) -> dict[st
     return result
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("device", DEVICES)
 def test_weights_are_the_same_to_the_bit_at_world_sizes_1_2_3(tmp_path: Path, device: str) -> None:
     results = []
@@ -73,6 +71,7 @@ def test_a_sample_counts_the_first_rows(tmp_path: Path, device: str) -> None:
     assert count(2, tmp_path, device, sample=0.25)["cells"].sum() == 2 * 64 * 64
 
 
+@pytest.mark.bits
 def test_the_compiled_count_equals_the_torch_one_to_the_pixel() -> None:
     ab = torch.randn(1, 2, 100, 100) * 60  # some beyond the cells
     ab[..., ::7] = ab[..., ::7].round() + 0.5  # half-way between two cells

@@ -98,6 +98,7 @@ def test_batches_have_the_documented_form(photographs: Photographs, device: str)
     assert batch.ab.abs().max() > 10
 
 
+@pytest.mark.bits
 def test_the_stream_is_the_same_at_any_world_size_and_after_any_restart(photographs: Photographs, device: str) -> None:
     whole = collect(photographs, 0, 1, 6, 0, 5, device)  # 30 positions: almost three epochs of 11
     by_rank = [collect(photographs, rank, 3, 2, 0, 5, device) for rank in range(3)]
@@ -119,6 +120,7 @@ def test_a_world_larger_than_the_data_gets_its_batches(photographs: Photographs)
     assert all(0 <= batch.sample.item() < 2 for batch in batches)
 
 
+@pytest.mark.bits
 def test_first_batch_is_the_start_of_the_stream_on_every_rank(photographs: Photographs, device: str) -> None:
     (whole,) = collect(photographs, 0, 1, 5, 0, 1, device)
     for rank in (0, 2):
@@ -131,6 +133,7 @@ def evaluated(photographs: Photographs, size: int, local: int, device: str) -> l
     return [[on_cpu(batch) for batch in batches] for batches in ranks]
 
 
+@pytest.mark.bits
 def test_evaluation_shows_every_photograph_once_at_any_world_size(photographs: Photographs, device: str) -> None:
     (reference,) = evaluated(photographs, 1, 4, device)
     expected = torch.cat([batch.L[batch.weight > 0] for batch in reference])
@@ -182,6 +185,7 @@ def damage_size(path: Path) -> None:
     path.write_bytes(small + bytes(path.stat().st_size - len(small)))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("damage", [damage_text, damage_half, damage_gone, damage_size])
 def test_a_file_that_went_bad_is_replaced_and_the_others_are_untouched(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, device: str
@@ -227,6 +231,7 @@ def test_a_file_that_went_bad_is_replaced_and_the_others_are_untouched(
     assert counted == [row for row in range(11) if row != bad]
 
 
+@pytest.mark.bits
 def test_damage_that_some_crops_miss_is_judged_alike_by_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:

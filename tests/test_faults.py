@@ -156,6 +156,7 @@ def cut_and_resume(
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.bits
 def test_a_run_cut_at_random_collectives_ends_to_the_bit_like_a_whole_one(
     run: Run, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +170,7 @@ def test_a_run_cut_at_random_collectives_ends_to_the_bit_like_a_whole_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.bits
 def test_a_run_cut_at_every_collective_ends_to_the_bit_like_a_whole_one(
     run: Run, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +212,7 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
+@pytest.mark.bits
 def test_training_goes_on_when_a_save_fails_and_the_next_one_is_made(
     run: Run, quick: None, tmp_path: Path, disk: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,6 +261,7 @@ def fill(disk: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("room_again", [True, False], ids=["room again", "full to the end"])
+@pytest.mark.bits
 def test_a_whole_run_on_a_disk_that_becomes_full(
     run: Run,
     small_disk: Path,
@@ -435,6 +439,7 @@ def test_photographs_that_go_bad_outside_the_steps_are_listed_too(
     assert not list(counts.glob("*.npy")), "counts without a photograph are not those of the data set"
 
 
+@pytest.mark.bits
 def test_a_run_goes_on_with_the_photographs_it_began_with(
     run: Run, tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -484,6 +489,7 @@ def test_too_many_bad_photographs_stop_the_run(
     assert last_state(tmp_path / "run")["step"] == max(losses(tmp_path / "run"))
 
 
+@pytest.mark.bits
 def test_data_that_are_gone_fail_the_run_and_it_goes_on_when_they_are_back(
     run: Run, quick: None, tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

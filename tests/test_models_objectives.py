@@ -235,6 +235,7 @@ def test_losses_and_weights_of_parts_add_up(method: str, device: str) -> None:
     np.testing.assert_allclose(parts.cpu().numpy(), whole.cpu().numpy(), rtol=2e-5)
 
 
+@pytest.mark.bits
 def test_without_skips_only_the_deepest_features_count() -> None:
     network = build(ModelConfig(method="mse", width=0.125, encoder="scratch", skips=False))
     assert not any("skip" in name for name, _ in network.named_parameters())
@@ -278,6 +279,7 @@ def test_steps_of_every_method_do_not_depend_on_the_world_size(
 @pytest.mark.slow
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.bits
 def test_every_method_trains_on_two_ranks_is_cut_off_and_resumes_to_the_bit(
     method: str, torchrun: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

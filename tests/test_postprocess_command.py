@@ -289,6 +289,7 @@ def test_colours_land_where_the_network_saw_them():
     assert np.abs(rgb2lab(result)[:, 300:, 0] - rgb2lab(np.full((1, 1, 3), 200, np.uint8))[0, 0, 0]).max() < 1
 
 
+@pytest.mark.bits
 def test_strips_do_not_change_the_picture(monkeypatch):
     pixels = data.chelsea()[:100, :150]
     colorizer = Colorizer(Flat(), load_preset("final"), TorchBackend(), size=64)
@@ -313,6 +314,7 @@ def test_working_size(shape, expected):
     assert working_size(*shape, 256) == expected
 
 
+@pytest.mark.bits
 def test_strips_become_lower_where_memory_is_short(monkeypatch):
     """... down to one row; the picture stays the same to the bit."""
     photograph = Photograph(data.chelsea()[:100, :150], None)

@@ -264,6 +264,7 @@ def test_gray_comes_back():
 
 @PATIENT
 @given(st.integers(1, 40), st.integers(1, 90), st.data())
+@pytest.mark.bits
 def test_strips_have_the_bits_of_the_whole(height, width, data):
     cuts = sorted({0, height, *data.draw(st.lists(st.integers(0, height), max_size=4))})
     generator = torch.Generator().manual_seed(height * 100 + width)
@@ -310,6 +311,7 @@ def test_compose_agrees_with_color_lab_where_colours_are_clamped():
     assert ((result - expected).abs() < 0.51).float().mean() > 0.999
 
 
+@pytest.mark.bits
 def test_compose_in_threads_is_the_same_and_works_in_inference_mode(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     generator = torch.Generator().manual_seed(5)

@@ -133,6 +133,7 @@ def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
     assert yaml.safe_load((finished / "config.yaml").read_text())["model"]["width"] == 0.0625
 
 
+@pytest.mark.bits
 def test_resumed_equals_uninterrupted_to_the_bit(train: Train, finished: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut"
     shutil.copytree(finished, cut, symlinks=True)
@@ -149,6 +150,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(train: Train, finished: Path, t
 
 
 @pytest.mark.slow
+@pytest.mark.bits
 def test_resumed_equals_uninterrupted_to_the_bit_at_four_ranks(train: Train, tmp_path: Path) -> None:
     """From three ranks on the order of summation matters, and DDP changes it after its first backward pass."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -173,6 +175,7 @@ def test_another_world_size_sees_the_same_samples(train: Train, finished: Path, 
         assert f"made by 2 ranks of 1 CPU threads, resumed by {ranks} of 1: the same samples" in done.stdout
 
 
+@pytest.mark.bits
 def test_the_saved_config_repeats_the_run(train: Train, finished: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     done = train(2, f"run.dir={again}", config=finished / "config.yaml")
