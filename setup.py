@@ -26,8 +26,8 @@ FOLDERS = {
 }
 present = [folder for folder in FOLDERS if (HERE / folder).is_dir()]
 
-# DALI 2.1 fails on crops of files that EXIF rotates. DALI 2.3 and 2.4 require nvImageCodec 0.9, whose GPU decoder crashes
-# on crops of JPEG files (NVIDIA/nvImageCodec#55).
+# DALI 2.1 fails on crops of files that EXIF rotates. DALI 2.3 and 2.4 require nvImageCodec 0.9, whose GPU decoder
+# crashes on crops of JPEG files (NVIDIA/nvImageCodec#55).
 DALI = ">=2.2,<2.3"
 CUPY = ">=14"
 CUDA_WHEELS = {

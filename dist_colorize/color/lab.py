@@ -63,11 +63,14 @@ def srgb_to_lab(rgb: Tensor) -> Tensor:
 
 def lab_to_srgb(lab: Tensor) -> Tensor:
     """Lab [..., 3, H, W] -> sRGB [..., 3, H, W], not clipped: outside 0..1 where the colour is outside the gamut."""
-    lightness, a, b = lab.unbind(-3)
+    return srgb_from_linear(torch.stack(linear_from_lab(*lab.unbind(-3)), dim=-3))
+
+
+def linear_from_lab(lightness: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
+    """Planes L*, a*, b* of any one shape -> planes of linear sRGB, not clipped."""
     y = (lightness + 16) / 116
     f = (y + a / 500, y, y - b / 200)
-    xyz = (_f_inverse(plane) * white for plane, white in zip(f, WHITE, strict=True))
-    return srgb_from_linear(torch.stack(_mix(xyz, _RGB_FROM_XYZ), dim=-3))
+    return _mix((_f_inverse(plane) * white for plane, white in zip(f, WHITE, strict=True)), _RGB_FROM_XYZ)
 
 
 def lightness(rgb: Tensor) -> Tensor:

@@ -78,9 +78,9 @@ def in_torch(lightness: Tensor, ab: Tensor, size: tuple[int, int], row0: int, bi
     for _ in range(lab.GAMUT_STEPS):
         step /= 2
         middle = inside + step
-        inside = torch.where(_outside_in_torch(*_linear_in_torch(lightness, a * middle, b * middle)), inside, middle)
-    share = torch.where(_outside_in_torch(*_linear_in_torch(lightness, a, b)), inside, 1.0)
-    linear = torch.stack(_linear_in_torch(lightness, a * share, b * share), dim=-1)
+        inside = torch.where(_outside_in_torch(*lab.linear_from_lab(lightness, a * middle, b * middle)), inside, middle)
+    share = torch.where(_outside_in_torch(*lab.linear_from_lab(lightness, a, b)), inside, 1.0)
+    linear = torch.stack(lab.linear_from_lab(lightness, a * share, b * share), dim=-1)
     largest = 2**bits - 1
     # half a level is added for the rounding down that follows
     levels = lab.srgb_from_linear(linear).clamp(0, 1) * largest + 0.5
@@ -96,16 +96,6 @@ def _taps_on(device: torch.device, small: int, large: int, start: int, count: in
 def _require_fit(rows: int, width: int, size: tuple[int, int], row0: int, bits: int) -> None:
     if width != size[1] or not 0 <= row0 <= size[0] - rows or bits not in (8, 16):
         raise ValueError(f"rows {row0}+{rows} of width {width} with {bits} bits do not fit a picture of {size}")
-
-
-def _linear_in_torch(level: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """L*, a*, b* -> linear sRGB, not clipped; constants go as numbers, which need no copy to the device."""
-    fy = (level + 16) / 116
-    x, y, z = (
-        torch.where(f > 0.2068966, f * f * f, (f - lab.OFFSET) / lab.SLOPE) for f in (fy + a / 500, fy, fy - b / 200)
-    )
-    red, green, blue = (x * row[0] + y * row[1] + z * row[2] for row in _MATRIX.tolist())
-    return red, green, blue
 
 
 def _outside_in_torch(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
