@@ -94,6 +94,9 @@ def test_an_index_that_this_node_does_not_see_is_named(tmp_path: Path) -> None:
         ("ratio", (2.0, 1.0)),
         ("ratio", (0.0, 1.0)),
         ("threads", 0),
+        ("readers", 0),
+        ("hw_decoder_load", -0.1),
+        ("hw_decoder_load", 1.5),
         ("prefetch", 0),
     ],
 )

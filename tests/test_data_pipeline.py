@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -221,6 +222,16 @@ def test_the_pass_on_the_cpu_equals_the_graph_of_the_gpu(size: int, graph: Way) 
     difference = np.abs(graph(*many) - in_one_pass(*many))
     assert difference.max() < 5
     assert difference.mean() < (0.1 if graph is on_gpu else 0.02)
+
+
+@pytest.mark.parametrize(("device", "load"), [("gpu", 0.0), ("gpu", 0.25), ("cpu", None)], ids=["0", "0.25", "cpu"])
+def test_the_jpeg_engine_gets_its_share_on_a_gpu(monkeypatch: pytest.MonkeyPatch, device: str, load: Any) -> None:
+    asked: list[dict[str, Any]] = []
+    decoders = SimpleNamespace(image_slice=lambda *inputs, **settings: asked.append(settings))
+    monkeypatch.setattr(pipeline, "fn", SimpleNamespace(decoders=decoders))
+    pipeline._decode(None, None, None, device, load)
+    assert asked[0]["device"] == ("mixed" if device == "gpu" else "cpu")
+    assert asked[0].get("hw_decoder_load") == load
 
 
 @pytest.mark.gpu
