@@ -23,6 +23,7 @@ from dist_colorize.errors import Interrupted, UserError
 from dist_colorize.evaluation import Evaluation, evaluate
 from dist_colorize.metrics import METRICS
 from dist_colorize.models import ModelConfig, build
+from dist_colorize.postprocess import merge
 from dist_colorize.postprocess.cpu import TorchBackend
 from dist_colorize.postprocess.stages import Blend, Preset, load_preset
 from dist_colorize.scoring import Scored
@@ -199,6 +200,7 @@ def test_the_way_of_a_gpu_gives_the_scores_of_a_cpu(
     """Pictures composed in torch, features in NCHW. Where there is no GPU, the same code on the CPU's tensors."""
     preset, rarity, weight = load_preset("final"), torch.linspace(0.5, 2, BINS), [1.0, 1.0, 0.0]
     expected = evaluate(network(method), [batch(3, 48, weight)], preset, alone(), 2, None, rarity)
+    monkeypatch.delattr(merge, "compose")  # the way of a CPU
     if device.type == "cpu":
         monkeypatch.setattr(evaluation, "TorchBackend", lambda device: TorchBackend("cuda"))
     with cuda_group_norm() if device.type == "cpu" else nullcontext():

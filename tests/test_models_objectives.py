@@ -139,15 +139,16 @@ def test_fp16_features_whose_unscaled_gradient_leaves_its_range_are_exact_after_
     torch.testing.assert_close(rows.grad.double(), exact.grad, rtol=2e-3, atol=1e-3)
 
 
-def test_squared_error_is_that_of_the_decoded_colours() -> None:
-    one = module("mse")
-    lightness, ab = photographs()
+@pytest.mark.parametrize("device", DEVICES)
+def test_squared_error_is_that_of_the_decoded_colours(device: str) -> None:
+    one = module("mse").to(device)
+    lightness, ab = (tensor.to(device) for tensor in photographs())
     loss, weight = one(lightness, ab)
     head = one.network.head
     with torch.no_grad():
         features = one.network.features(lightness)
         stages, confidence = decode_and_run(
-            load_preset("final"), TorchBackend(), features, head.weight.flatten(1), head.bias
+            load_preset("final"), TorchBackend(device), features, head.weight.flatten(1), head.bias
         )
     means = ab.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(-1, -2))
     assert weight == 2 * 16 * 16
@@ -222,6 +223,22 @@ def test_the_judge_is_frozen_and_kept_only_where_the_encoder_learns() -> None:
     assert shared.objective.judge is frozen.encoder and not shared.objective.state_dict()
     shared(*photographs())[0].backward()
     assert frozen.head.weight.grad is not None and all(p.grad is None for p in frozen.encoder.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_and_gradients_on_a_gpu_are_those_of_the_cpu(method: str) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        one = module(method).to(device)
+        loss, weight = one(*(tensor.to(device) for tensor in photographs()))
+        loss.backward()
+        found.append((loss.item(), weight.item(), {name: p.grad.cpu() for name, p in one.network.named_parameters()}))
+    (loss, weight, gradients), (gpu_loss, gpu_weight, gpu_gradients) = found
+    assert gpu_loss == pytest.approx(loss, rel=1e-4) and gpu_weight == pytest.approx(weight, rel=1e-6)
+    for name, gradient in gradients.items():
+        apart = (gpu_gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert apart < 1e-2, name
 
 
 @pytest.mark.parametrize("device", DEVICES)
