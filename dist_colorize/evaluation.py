@@ -44,7 +44,7 @@ class EvaluateConfig:
     preset: str = "final"
     """Post-processing preset: a name in configs/postprocess, or a .yaml file."""
     batch: int = 8
-    """Photographs per rank at a time; another number gives another last bit to what the network computes."""
+    """Photographs per rank at a time. Another number can change the last bits of the scores."""
     pictures: int = 8
     """Photographs shown in panels, reports and TensorBoard: the first of the validation set."""
 

@@ -26,7 +26,7 @@ def cpu_has_bf16() -> bool:
 
 
 def use_ieee_fp32() -> None:
-    """Makes fp32 mean IEEE single precision in this process: no TF32, which keeps 10 bits of the products' mantissas.
+    """Makes fp32 mean IEEE single precision in this process: no TF32, which keeps 10 bits of each factor's mantissa.
 
     cuDNN's convolutions use TF32 by default, and NVIDIA's containers ask for it in matrix products too
     (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE). Without it a GPU gives what a CPU gives, up to rounding.
