@@ -6,6 +6,7 @@
 The peer is what one writes first: torchvision's VGG16-BN with its BatchNorms in place, NCHW, all logits,
 F.cross_entropy and Adam. Both have the same weights, labels and decoder, so their losses must agree, step for step.
 bf16 is measured where the processor multiplies bf16 matrices itself; elsewhere it is emulated, far slower than fp32.
+The same on a GPU, with more peers: `python -m benchmarks.gpu_step`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -28,7 +32,7 @@ from torchvision.models import vgg16_bn
 from benchmarks.harness import ROUNDS, Times, forget_peak, machine, resident, table, take_turns, verdict
 from dist_colorize.color.gamut import Gamut
 from dist_colorize.data import DataConfig, Loader, Order, open_photographs
-from dist_colorize.distributed import DistributedConfig, session
+from dist_colorize.distributed import DistributedConfig, World, session
 from dist_colorize.hardware import cpu_has_bf16
 from dist_colorize.models import METHODS, ModelConfig, TrainingModule, build
 from dist_colorize.models.network import OUTPUT_STRIDE, Network
@@ -38,23 +42,45 @@ from dist_colorize.stopping import StopFlag
 
 SIZE = 224
 WARMUP = 3
+CPU = torch.device("cpu")
 Precision = Literal["fp32", "bf16"]
 GOALS = {"fp32": 1.35, "bf16": 1.6}
 DEFAULT_GOAL, MEMORY_GOAL = 2.7, 0.55
 
 
+@dataclass(frozen=True)
+class Work:
+    """What every contestant does in a step."""
+
+    images: int
+    """Photographs of a step, the same ones in every step."""
+    precision: Precision
+    device: torch.device = CPU
+    side: int = SIZE
+    """Of the square photographs, in pixels."""
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """L [B, 1, S, S] and ab [B, 2, S, S] without detail finer than 8 px, as photographs have."""
+        random = torch.Generator().manual_seed(2)
+        coarse = torch.rand(self.images, 3, self.side // 8, self.side // 8, generator=random)
+        fine = F.interpolate(coarse, scale_factor=8, mode="bilinear").to(self.device)
+        return 100 * fine[:, :1], 120 * (fine[:, 1:] - 0.5)
+
+
 class PlainNetwork(nn.Module):
     """The same function of L, layer by layer as the paper draws it."""
 
-    def __init__(self, ours: Network, vgg: nn.Sequential) -> None:
+    def __init__(self, ours: Network, vgg: nn.Sequential, layout: torch.memory_format) -> None:
+        """layout: of the weights, and of what the first convolution sees."""
         super().__init__()
         # the taps at strides 2, 4, 8, 16: the last ReLU before each of the pools that follow
         self.blocks = nn.ModuleList([vgg[:13], vgg[13:23], vgg[23:33], vgg[33:43]])
         self.decoder, self.head = ours.decoder, ours.head
-        self.image = ours.image
+        self.image, self.layout = ours.image, layout
+        self.to(memory_format=layout)
 
     def forward(self, lightness: Tensor) -> Tensor:
-        image, taps = self.image(lightness).contiguous(), []
+        image, taps = self.image(lightness).contiguous(memory_format=self.layout), []
         for block in self.blocks:
             image = block(image)
             taps.append(image)
@@ -83,14 +109,6 @@ def ours() -> Network:
     return network
 
 
-def batch(size: int) -> tuple[Tensor, Tensor]:
-    """L [B, 1, S, S] and ab [B, 2, S, S] without detail finer than 8 px, as photographs have."""
-    random = torch.Generator().manual_seed(2)
-    coarse = torch.rand(size, 3, SIZE // 8, SIZE // 8, generator=random)
-    fine = F.interpolate(coarse, scale_factor=8, mode="bilinear")
-    return 100 * fine[:, :1], 120 * (fine[:, 1:] - 0.5)
-
-
 def class_weights() -> Tensor:
     return torch.linspace(0.1, 6, 313)
 
@@ -98,16 +116,23 @@ def class_weights() -> Tensor:
 Step = Callable[[], Tensor]
 
 
-def plain_step(images: int, precision: Precision) -> Step:
-    network = PlainNetwork(ours().to(memory_format=torch.contiguous_format), pretrained())
+def plain_step(work: Work, layout: torch.memory_format = torch.contiguous_format, compiled: bool = False) -> Step:
+    """compiled: network and loss go through torch.compile together."""
+    network = PlainNetwork(ours(), pretrained(), layout).to(work.device)
     adam = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-4)
-    gamut, weights = Gamut(), class_weights()
-    lightness, ab = batch(images)
+    gamut, weights = Gamut().to(work.device), class_weights().to(work.device)
+    lightness, ab = work.batch()
+
+    def loss_of(lightness: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(network(lightness), labels, weights)
+
+    if compiled:
+        loss_of = torch.compile(loss_of, dynamic=False)
 
     def step() -> Tensor:
         labels = gamut.nearest(F.avg_pool2d(ab, OUTPUT_STRIDE)).long()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = F.cross_entropy(network(lightness), labels, weights)
+        with torch.autocast(work.device.type, torch.bfloat16, enabled=work.precision == "bf16"):
+            loss = loss_of(lightness, labels)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -116,23 +141,27 @@ def plain_step(images: int, precision: Precision) -> Step:
     return step
 
 
-def our_step(images: int, precision: Precision) -> Step:
-    optimisation = our_optimisation(images, precision)
-    lightness, ab = batch(images)
+def our_step(work: Work, world: World) -> Step:
+    optimisation = our_optimisation(work, world)
+    lightness, ab = work.batch()
     numbers = iter(range(10**9))
     return lambda: optimisation.step(next(numbers), lightness, ab)
 
 
-def our_optimisation(images: int, precision: Precision) -> Optimisation:
+def our_optimisation(work: Work, world: World) -> Optimisation:
     """The step of dist_colorize.train, DDP and checks for non-finite gradients included."""
-    settings = TrainConfig(global_batch=images, lr=1e-4, warmup=0, schedule="constant", clip=None, precision=precision)
-    return Optimisation(TrainingModule(ours(), METHODS["final"](class_weights())), settings, WORLD)
+    settings = TrainConfig(
+        global_batch=work.images, lr=1e-4, warmup=0, schedule="constant", clip=None, precision=work.precision
+    )
+    module = TrainingModule(ours(), METHODS["final"](class_weights())).to(world.device)
+    return Optimisation(module, settings, world)
 
 
-STEPS = {"plain": plain_step, "ours": our_step}
+def make(who: str, work: Work, world: World) -> Step:
+    return plain_step(work) if who == "plain" else our_step(work, world)
 
 
-def main() -> None:
+def main(world: World) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -140,7 +169,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.memory_of:
         who, precision = arguments.memory_of
-        print(json.dumps(memory(who, precision, arguments.batch)))
+        print(json.dumps(memory(partial(make, who, Work(arguments.batch, precision), world))))
         return
     print(machine("torch", "torchvision"), flush=True)
     precisions = [p for p in get_args(Precision) if p == "fp32" or cpu_has_bf16()]
@@ -151,18 +180,21 @@ def main() -> None:
             f"{emulated:.2g} GFLOP/s, emulated, and {own:.3g} in fp32; training uses fp32 here"
         )
 
-    names = [f"{who} {precision}" for precision in precisions for who in STEPS]
-    steps = {name: STEPS[name.split()[0]](arguments.batch, name.split()[1]) for name in names}  # type: ignore[arg-type]
-    check_losses_agree(steps)
+    steps = {
+        f"{who} {precision}": make(who, Work(arguments.batch, precision), world)
+        for precision in precisions
+        for who in ("plain", "ours")
+    }
+    check_losses_agree(steps, "plain fp32", {name: 1e-4 if name.endswith("fp32") else 2e-2 for name in steps})
     times = take_turns(steps, arguments.rounds)
-    peaks = {name: peak_of(name, arguments.batch) for name in names}
+    peaks = {name: peak_of(name, arguments.batch) for name in steps}
     rows = [
-        [name, arguments.batch / times.of(name), times.ratio(name, "plain fp32"), peaks[name] / 2**20] for name in names
+        [name, arguments.batch / times.of(name), times.ratio(name, "plain fp32"), peaks[name] / 2**20] for name in steps
     ]
     print(table(["step", "images/s", "x plain fp32", "peak beyond weights, MiB"], rows))
     judge(times, peaks, precisions)
     for precision in precisions:
-        parts(precision, arguments.batch)
+        parts(Work(arguments.batch, precision), world)
 
 
 def judge(times: Times, peaks: dict[str, float], precisions: list[Precision]) -> None:
@@ -176,15 +208,13 @@ def judge(times: Times, peaks: dict[str, float], precisions: list[Precision]) ->
         print(f"our default here, bf16: {ratio:.2f} times plain fp32 ({verdict(ratio, DEFAULT_GOAL)})")
 
 
-def check_losses_agree(steps: dict[str, Step]) -> None:
-    """The same weights, data and optimizer: the same losses, up to rounding, as both train on."""
+def check_losses_agree(steps: Mapping[str, Step], reference: str, tolerances: Mapping[str, float]) -> None:
+    """The same weights, data and optimizer: the same losses, up to rounding, as all train on. Else SystemExit."""
     curves = {name: [float(step()) for _ in range(WARMUP)] for name, step in steps.items()}
-    reference = curves["plain fp32"]
     for name, curve in curves.items():
-        tolerance = 1e-4 if name.endswith("fp32") else 2e-2
-        worst = max(abs(loss / expected - 1) for loss, expected in zip(curve, reference, strict=True))
-        print(f"losses of {name}: {' '.join(f'{loss:.5f}' for loss in curve)}, within {worst:.1e} of plain fp32")
-        if worst > tolerance:
+        worst = max(abs(loss / expected - 1) for loss, expected in zip(curve, curves[reference], strict=True))
+        print(f"losses of {name}: {' '.join(f'{loss:.5f}' for loss in curve)}, within {worst:.1e} of {reference}")
+        if not worst <= tolerances[name]:  # NaN is no agreement
             raise SystemExit(f"{name} does not do the same work")
 
 
@@ -199,8 +229,8 @@ def peak_of(name: str, images: int) -> float:
     return float(json.loads(output.splitlines()[-1]))
 
 
-def memory(who: str, precision: Precision, images: int) -> int:
-    step = STEPS[who](images, precision)
+def memory(build: Callable[[], Step]) -> int:
+    step = build()
     before = resident()
     forget_peak()
     for _ in range(WARMUP):
@@ -208,41 +238,50 @@ def memory(who: str, precision: Precision, images: int) -> int:
     return resident("VmHWM") - before
 
 
-def parts(precision: Precision, images: int) -> None:
-    """Time and FLOP/s of each range of a training on photographs, against what a large matrix product reaches now."""
-    config = DataConfig(crop=SIZE)
+@contextmanager
+def training(work: Work, world: World, config: DataConfig) -> Iterator[Callable[[], None]]:
+    """A function that makes one step on photographs, all ranges of profiling.RANGES in it; the first ones are made."""
     with StopFlag() as stop:
-        photographs, _ = open_photographs(config, WORLD, stop)
+        photographs, _ = open_photographs(config, world, stop)
     order = Order(len(photographs), photographs.fingerprint, seed=0)
-    optimisation = our_optimisation(images, precision)
-    with Loader(photographs, config, order, WORLD, images) as loader:
+    optimisation = our_optimisation(work, world)
+    numbers = iter(range(10**9))
+    with Loader(photographs, config, order, world, work.images) as loader:
         batches = loader.batches()
 
-        def step(number: int) -> None:
+        def step() -> None:
             with span("data"):
                 crops = next(batches)
-            optimisation.step(number, crops.L, crops.ab)
+            optimisation.step(next(numbers), crops.L, crops.ab)
 
-        for number in range(WARMUP):
-            step(number)
-        with profile(activities=[ProfilerActivity.CPU]) as recorder:
-            for number in range(WARMUP):
-                step(number)
+        for _ in range(WARMUP):
+            step()
+        yield step
+
+
+def parts(work: Work, world: World) -> None:
+    """Time and FLOP/s of each range of a training on photographs, against what a large matrix product reaches now."""
+    with (
+        training(work, world, DataConfig(crop=work.side)) as step,
+        profile(activities=[ProfilerActivity.CPU]) as recorder,
+    ):
+        for _ in range(WARMUP):
+            step()
     seconds = {event.key: event.cpu_time_total / 1e6 / WARMUP for event in recorder.key_averages()}
-    flops = count_flops(images)
-    ceiling = matrix_product(torch.bfloat16 if precision == "bf16" else torch.float32)
+    flops = count_flops(work)
+    ceiling = matrix_product(torch.bfloat16 if work.precision == "bf16" else torch.float32)
     rows = []
     for name in RANGES:
-        work = flops.get(name, 0)
-        speed = work / seconds[name] / 1e9
-        rows.append([name, seconds[name] * 1000, work / 1e9, *([speed, speed / ceiling] if work else ["-", "-"])])
-    print(f"\nours {precision}, part by part; a 2048^3 matrix product: {ceiling:.0f} GFLOP/s")
+        needed = flops.get(name, 0)
+        speed = needed / seconds[name] / 1e9
+        rows.append([name, seconds[name] * 1000, needed / 1e9, *([speed, speed / ceiling] if needed else ["-", "-"])])
+    print(f"\nours {work.precision}, part by part; a 2048^3 matrix product: {ceiling:.0f} GFLOP/s")
     print(table(["part", "ms", "GFLOP", "GFLOP/s", "of the product's"], rows))
 
 
-def count_flops(images: int) -> dict[str, int]:
+def count_flops(work: Work) -> dict[str, int]:
     """Multiplications and additions of the parts. The chunked loss makes its gradients in its forward pass."""
-    network, (lightness, _) = ours(), batch(images)
+    network, (lightness, _) = ours(), work.batch()
     total = {}
     with FlopCounterMode(display=False) as counter:
         taps = network.encoder(network.image(lightness))
@@ -265,5 +304,5 @@ def matrix_product(dtype: torch.dtype, side: int = 2048) -> float:
 
 
 if __name__ == "__main__":
-    with session(DistributedConfig(device="cpu")) as WORLD:
-        main()
+    with session(DistributedConfig(device="cpu")) as this_process:
+        main(this_process)
