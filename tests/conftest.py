@@ -35,9 +35,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     slow = config.getoption("--slow") or "slow" in config.getoption("-m")
     gpu = None
     for item in items:
-        if "slow" in item.keywords and not slow:
+        if item.get_closest_marker("slow") and not slow:
             item.add_marker(pytest.mark.skip(reason="slow: run it with --slow"))
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             gpu = _has_gpu() if gpu is None else gpu
             if not gpu:
                 item.add_marker(pytest.mark.skip(reason="no GPU here"))
