@@ -10,11 +10,13 @@ A step is a command of this Python. What it has found it prints on lines that th
 Nothing that a step does reaches the next one. A crash is the name of a signal. Past its limit a step dies with all that
 it has started, whatever session or parent those processes have by then: they carry a mark in their environment.
 
-The runner writes into OUT, as steps end: results.jsonl, a line each; logs.txt, their output one after another; table.md.
+The runner writes into a folder, as steps end: results.jsonl, a line each; logs.txt, their output one after another; and
+table.md at the end.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import json
@@ -89,6 +91,14 @@ class Place:
     """Pictures, caches, runs, logs."""
     dry: bool
     """Whether everything is to be small, and without a GPU."""
+
+
+def place_parser(description: str | None) -> argparse.ArgumentParser:
+    """Of a module whose functions are steps: with the two options that make a Place."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of pictures, caches and runs")
+    parser.add_argument("--dry", action="store_true", help="small, and without a GPU")
+    return parser
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def machine(*packages: str) -> str:
     parts = [
         f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, load {os.getloadavg()[0]:.1f}",
         f"Python {platform.python_version()}",
-        *(f"{package} {_version(package)}" for package in packages),
+        *(f"{package} {version_of(package)}" for package in packages),
     ]
     return "; ".join(parts)
 
@@ -103,7 +103,8 @@ def _processor() -> str:
     return f"{named[0] if named else platform.machine()} ({widest})"
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The version of an installed distribution, or "missing"."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
-import os
 import signal
-import subprocess
-import sys
 import textwrap
-import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from benchmarks import gpu_runner
 from benchmarks.gpu_runner import Place, Runner, Step, chosen, groups, marked
 
 SCRIPT = Path(__file__).resolve().parent.parent / ".ci" / "gpu"
