@@ -32,7 +32,7 @@ def compare(place: Place) -> None:
     """SystemExit where the pictures differ by more than rounding."""
     if place.dry:
         cannot("postprocess --gpu: needs a GPU")
-    run = place.work / "runs" / ("fp32" if place.dry else "bf16")
+    run = place.work / "runs" / "bf16"
     one, other = ("again", "cpu") if place.dry else ("gpu", "cpu")
     for name in (one, other):
         count, seconds, speed = paint(place, run, name)

@@ -1,6 +1,6 @@
 """Trains as a user does, through torchrun, and does to it what happens to trainings: steps of .ci/gpu.
 
-    python -m benchmarks.gpu_train life bf16 --work FOLDER      # kill -9, resume, SIGTERM, resume; or fp16, fp32
+    python -m benchmarks.gpu_train life bf16 --work FOLDER      # kill -9, resume, SIGTERM, resume; or fp16
     python -m benchmarks.gpu_train no-sync --work FOLDER        # five steps that must not wait for the GPU
     python -m benchmarks.gpu_train rate gpu --work FOLDER       # images/s with data.device=gpu; or cpu
 
@@ -89,11 +89,14 @@ def settings(place: Place, size: Size, run: Path) -> list[str]:
 def life(place: Place, size: Size, precision: str) -> None:
     """Three lives of one run: kill -9 in the middle, SIGTERM in the middle, to the end. AssertionError where one of
     them ends otherwise than it should, or the steps they leave are not those of a run that was never cut."""
-    if place.dry and precision != "fp32":
-        leave(f"{precision} on a GPU, with DALI on it and NCCL: needs a GPU")
+    if place.dry:
+        if precision == "fp16":
+            leave("half precision with loss scaling: needs a GPU")
+        cannot(f"{precision}, decoding by DALI on the GPU, NCCL: need a GPU; this was fp32 and gloo")
     run = fresh(place.work / "runs" / precision)
     recipe = settings(place, size, run)
-    recipe += [f"train.steps={size.steps}", f"train.precision={precision}", "train.ema=0.99", "train.log_every=1"]
+    recipe += [f"train.steps={size.steps}", f"train.precision={'fp32' if place.dry else precision}"]
+    recipe += ["train.ema=0.99", "train.log_every=1"]
     recipe += ["checkpoint.every=3" if place.dry else "checkpoint.every=5", "checkpoint.keep=2"]
 
     first = Life(recipe, run, "first")
