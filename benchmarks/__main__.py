@@ -5,7 +5,8 @@
     python -m benchmarks input_path step    # some
     python -m benchmarks.step --help        # one, with its own options
 
-compare_methods.py, save_stall.py and soak.py measure other things than speed, for longer; run them by name.
+compare_methods.py, save_stall.py and soak.py measure other things than speed, for longer; run them by name. gpu_step.py
+measures the step on a GPU; the other gpu_*.py are steps of .ci/gpu.
 """
 
 from __future__ import annotations

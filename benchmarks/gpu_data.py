@@ -127,7 +127,7 @@ def make_odd(folder: Path, picture: Image.Image) -> int:
     jpeg("422", subsampling="4:2:2")
     jpeg("420", subsampling="4:2:0")
     jpeg("restart-markers", restart_marker_rows=1)
-    jpeg("tiny", picture.resize((3, 2)))
+    jpeg("tiny", picture.resize((3, 2)), subsampling="4:4:4")
     others: dict[str, Callable[[Path], None]] = {
         "png.png": picture.save,
         "webp.webp": lambda path: picture.save(path, quality=90),

@@ -5,7 +5,6 @@ A step is a command of this Python. What it has found it prints on lines that th
     fact(images_per_second=812.0)                           # a value for the table
     cannot("data.device=gpu: needs a GPU")                  # a part that this machine cannot do
     section("### A table\n\n| ... |")                       # Markdown, below the table
-    leave("needs g++")                                      # nothing of the step can be done here: ends the process
 
 Nothing that a step does reaches the next one. A crash is the name of a signal. Past its limit a step dies with all that
 it has started, whatever session or parent those processes have by then: they carry a mark in their environment.
@@ -31,13 +30,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from benchmarks.harness import table
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-UNAVAILABLE = 69
-"""Exit code of a step that cannot be done on this machine (EX_UNAVAILABLE of sysexits.h)."""
 SLOWER = 5
 """How many times its limit a step may take in a dry run: limits are for a large machine with a GPU."""
 GONE_SECONDS = 10.0
@@ -63,12 +60,6 @@ def cannot(what: str) -> None:
 def section(markdown: str) -> None:
     """Text below the table."""
     _say("section", markdown)
-
-
-def leave(why: str) -> NoReturn:
-    """Ends a step that cannot be done here."""
-    cannot(why)
-    raise SystemExit(UNAVAILABLE)
 
 
 def _say(mark: str, value: object) -> None:
@@ -140,7 +131,7 @@ class Result:
 
     def __str__(self) -> str:
         words = [self.reason, *(f"{name}: {_short(value)}" for name, value in self.facts.items())]
-        words += [f"cannot run here: {what}" for what in self.cannot if what != self.reason]
+        words += [f"cannot run here: {what}" for what in self.cannot]
         return "; ".join(word for word in words if word)
 
 
@@ -265,8 +256,6 @@ class Runner:
             return log, Result(step.name, "timed out", exit="SIGKILL", reason=reason, **found)
         if code == 0:
             return log, Result(step.name, "ok", exit=0, **found)
-        if code == UNAVAILABLE and found["cannot"]:
-            return log, Result(step.name, "cannot run here", exit=code, reason=found["cannot"][-1], **found)
         return log, Result(step.name, "failed", exit=name_of(code), reason=f"{name_of(code)}: {_last(log)}", **found)
 
 

@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_runner import cannot, fact, section
 from benchmarks.harness import ROUNDS, machine, table, take_turns, wall_seconds
-from benchmarks.step import SIZE, WARMUP, Step, Work, check_losses_agree, our_step, plain_step, training
+from benchmarks.step import SIZE, WARMUP, Precision, Step, Work, check_losses_agree, our_step, plain_step, training
 from dist_colorize.data import DataConfig
 from dist_colorize.data.config import SAMPLE_ROOT
 from dist_colorize.distributed import DistributedConfig, World, session
@@ -59,7 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(machine("torch", "torchvision", "triton"), flush=True)
     with session(DistributedConfig(device=arguments.device)) as world:
-        precision = "bf16" if world.device.type == "cuda" or cpu_has_bf16() else "fp32"
+        precision: Precision = "bf16" if world.device.type == "cuda" or cpu_has_bf16() else "fp32"
         works = [Work(images, precision, world.device, arguments.side) for images in arguments.batches]
         for work in works:
             compare(work, world, arguments.rounds)

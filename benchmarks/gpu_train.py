@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.gpu_data import ENCODER
-from benchmarks.gpu_runner import CHECKOUT, Place, cannot, fact, leave, place_parser
+from benchmarks.gpu_runner import CHECKOUT, Place, cannot, fact, place_parser
 from dist_colorize.errors import INTERRUPTED
 from dist_colorize.run_facts import read_json, read_lines
 
@@ -42,13 +42,15 @@ class Size:
     """The first life is killed when this step is done and a checkpoint is whole."""
     stopped_at: int
     """The second life gets its SIGTERM when this step is done."""
+    checkpoint_every: int
     batch: int
     crop: int
     rated_steps: int
     """Of a run that is only to show how fast it is."""
 
 
-FULL, DRY = Size(60, 15, 35, 32, 224, 300), Size(12, 4, 8, 4, 32, 8)
+FULL = Size(steps=60, killed_at=15, stopped_at=35, checkpoint_every=5, batch=32, crop=224, rated_steps=300)
+DRY = Size(steps=20, killed_at=4, stopped_at=12, checkpoint_every=4, batch=4, crop=32, rated_steps=8)
 
 
 def main() -> None:
@@ -90,14 +92,12 @@ def life(place: Place, size: Size, precision: str) -> None:
     """Three lives of one run: kill -9 in the middle, SIGTERM in the middle, to the end. AssertionError where one of
     them ends otherwise than it should, or the steps they leave are not those of a run that was never cut."""
     if place.dry:
-        if precision == "fp16":
-            leave("half precision with loss scaling: needs a GPU")
         cannot(f"{precision}, decoding by DALI on the GPU, NCCL: need a GPU; this was fp32 and gloo")
     run = fresh(place.work / "runs" / precision)
     recipe = settings(place, size, run)
     recipe += [f"train.steps={size.steps}", f"train.precision={'fp32' if place.dry else precision}"]
     recipe += ["train.ema=0.99", "train.log_every=1"]
-    recipe += ["checkpoint.every=3" if place.dry else "checkpoint.every=5", "checkpoint.keep=2"]
+    recipe += [f"checkpoint.every={size.checkpoint_every}", "checkpoint.keep=2"]
 
     first = Life(recipe, run, "first")
     first.wait_until(lambda: steps_of(run) >= size.killed_at and any((run / "checkpoints").glob("step-*.pt")))
@@ -108,7 +108,8 @@ def life(place: Place, size: Size, precision: str) -> None:
     assert killed_at < size.steps, "the run was over before it was killed"
 
     second = Life(recipe, run, "second")
-    second.wait_until(lambda: second.resumed_from() is not None and steps_of(run) >= size.stopped_at)
+    # metrics.jsonl holds the first life's steps until this one makes its own
+    second.wait_until(lambda: second.has_made_a_step() and steps_of(run) >= size.stopped_at)
     second.end_rank(signal.SIGTERM)
     assert second.exit_codes() == (1, INTERRUPTED), second.exit_codes()
     assert read_json(run / "status.json")["state"] == "interrupted"
@@ -176,6 +177,10 @@ class Life:
         told = re.search(r"resuming from .*, step (\d+)", self._text())
         return int(told[1]) if told else None
 
+    def has_made_a_step(self) -> bool:
+        """Of a life that went on from a checkpoint."""
+        return "back at work" in self._text()
+
     def _text(self) -> str:
         return self._file.read_text(encoding="utf-8", errors="replace")
 
@@ -200,13 +205,13 @@ def no_sync(place: Place, size: Size) -> None:
     """Five optimizer steps, accumulated and with a moving average, in which torch refuses every wait for the GPU."""
     import torch
 
-    from benchmarks.step import Work, class_weights, ours
+    from benchmarks.step import Precision, Work, class_weights, ours
     from dist_colorize.distributed import DistributedConfig, session
     from dist_colorize.models import METHODS, TrainingModule
     from dist_colorize.optimisation import Optimisation, TrainConfig
 
     with session(DistributedConfig(device="cpu" if place.dry else "cuda")) as world:
-        precision = "fp32" if place.dry else "bf16"
+        precision: Precision = "fp32" if place.dry else "bf16"
         config = TrainConfig(
             global_batch=size.batch, micro_batch=size.batch // 2, ema=0.999, warmup=0, precision=precision
         )
@@ -232,8 +237,6 @@ def no_sync(place: Place, size: Size) -> None:
 
 def rate(place: Place, size: Size, kind: str) -> None:
     """Images/s of a whole training, decoding included, as metrics.jsonl tells it: the median of its later lines."""
-    if place.dry and kind == "gpu":
-        leave("data.device=gpu: needs a GPU")
     run = fresh(place.work / "runs" / f"rate-{kind}")
     every = max(1, size.rated_steps // 20)
     recipe = settings(place, size, run)

@@ -18,8 +18,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal, get_args
 
 import torch
@@ -90,6 +91,11 @@ class PlainNetwork(nn.Module):
 
 def pretrained() -> nn.Sequential:
     """VGG16-BN's features in eval mode; random, but with BatchNorms that do something."""
+    return deepcopy(_random_vgg())
+
+
+@cache
+def _random_vgg() -> nn.Sequential:
     torch.manual_seed(0)
     features = vgg16_bn().features.eval().requires_grad_(False)
     for layer in features:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import json
+import os
 import signal
+import subprocess
+import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from benchmarks import gpu_decode, gpu_postprocess, gpu_step
+from benchmarks.gpu_decode import Outcome
 from benchmarks.gpu_runner import Place, Runner, Step, chosen, groups, marked
+from dist_colorize.doctor import Finding
+from dist_colorize.postprocess.selfcheck import Agreement, Speed
 
 SCRIPT = Path(__file__).resolve().parent.parent / ".ci" / "gpu"
 LONG = 60.0
@@ -98,9 +111,9 @@ def test_what_steps_come_to_is_in_the_lines_the_logs_and_the_table(tmp_path: Pat
 
 def test_a_step_that_hangs_dies_with_all_that_it_started(tmp_path: Path) -> None:
     run = runner(tmp_path)
-    run.run([step("hang", HANG, limit=3.0), step("good", GOOD)])
+    run.run([step("hang", HANG, limit=5.0), step("good", GOOD)])
     assert [(line["state"], line["exit"]) for line in lines(tmp_path)] == [("timed out", "SIGKILL"), ("ok", 0)]
-    assert lines(tmp_path)[0]["reason"] == "after 3 s"
+    assert lines(tmp_path)[0]["reason"] == "after 5 s"
     assert not is_alive(child_of(tmp_path, "hang"))
     assert run.code == 1
 
@@ -124,21 +137,14 @@ def test_the_deadline_cuts_off_what_runs_and_skips_what_is_left(tmp_path: Path) 
 
 def test_what_cannot_run_here_is_no_failure(tmp_path: Path) -> None:
     run = runner(tmp_path)
-    leaves = "from benchmarks.gpu_runner import leave; leave('needs a compiler')"
-    run.run(
-        [
-            step("gpu", "raise SystemExit(1)", needs_gpu=True),
-            step("module", "raise SystemExit(1)", modules=("no_such_module",)),
-            step("leaves", leaves),
-        ]
-    )
+    gpu = step("gpu", "raise SystemExit(1)", needs_gpu=True)
+    run.run([gpu, step("module", "raise SystemExit(1)", modules=("no_such_module",))])
     assert {line["state"] for line in lines(tmp_path)} == {"cannot run here"}
-    reasons = [line["reason"] for line in lines(tmp_path)]
-    assert reasons == ["needs a GPU", "no_such_module is not installed", "needs a compiler"]
+    assert [line["reason"] for line in lines(tmp_path)] == ["needs a GPU", "no_such_module is not installed"]
     assert run.code == 0
     # with a GPU it runs
     run.gpu = True
-    run.run([step("gpu", "raise SystemExit(1)", needs_gpu=True)])
+    run.run([gpu])
     assert run.results["gpu"].state == "failed"
 
 
@@ -195,3 +201,145 @@ def test_what_a_chosen_step_needs_runs_too() -> None:
     steps = [step("a", GOOD), step("b", GOOD, needs=("a",)), step("c", GOOD), step("d", GOOD, needs=("b",))]
     assert [one.name for one in chosen(steps, ["d"])] == ["a", "b", "d"]
     assert [one.name for one in chosen(steps, [])] == ["a", "b", "c", "d"]
+
+
+# ---------------------------------------------------------------- the script
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader("ci_gpu", str(SCRIPT))
+    spec = importlib.util.spec_from_loader("ci_gpu", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def test_each_step_is_named_once_and_needs_earlier_ones(script: ModuleType) -> None:
+    names = [step.name for step in script.STEPS]
+    assert len(set(names)) == len(names)
+    for number, one in enumerate(script.STEPS):
+        assert set(one.needs) <= set(names[:number])
+        # a module of ours that it names is there
+        command = one.command(Place(Path("/work"), dry=True))
+        assert command[0] == "-m" and (importlib.util.find_spec(command[1]) is not None)
+        assert ("--dry" in command) == (command[1].startswith("benchmarks.") and one.name != "step")
+
+
+def test_facts_are_read_from_what_pytest_and_doctor_print(script: ModuleType) -> None:
+    log = """
+tests/test_a.py::test_one PASSED
+FAILED tests/test_a.py::test_two[cuda] - AssertionError
+ERROR tests/test_b.py
+= 1 failed, 3 passed, 2 skipped, 400 deselected, 1 error in 12.34s =
+"""
+    assert script.tests(log) == {
+        "failed": 1,
+        "passed": 3,
+        "skipped": 2,
+        "error": 1,
+        "wrong": "test_a.py::test_two[cuda] test_b.py",
+    }
+    assert script.tests("Segmentation fault") == {}
+
+    found = [
+        Finding("torch", "ok", "2.11"),
+        Finding("scikit-image", "broken", "no"),
+        Finding("SLURM", "absent", "none"),
+    ]
+    assert script.findings("\n".join(["Software", *map(str, found)])) == {"well": 1, "broken": "scikit-image"}
+    checks = f"  ok  {Agreement('blend', 0.1, 0, 1, 0)}\n      {Speed('scale chroma', 2e-6, 4000, 0.713)}\n"
+    assert script.kernels(f"kernels on A card\n{checks}") == {"well": 1, "scale chroma": "71.3 %"}
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    places = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--only", "doctor", *places],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--dry runs what can be run without one" in done.stderr
+    assert [line["step"] for line in lines(tmp_path)] == ["versions"]
+    assert "torch: " in (tmp_path / "out" / "table.md").read_text()
+
+
+# ---------------------------------------------------------------- what steps are made of
+
+
+def test_a_kind_that_its_decoder_dies_of_does_not_hide_the_others() -> None:
+    asked = []
+
+    def start(kinds: Sequence[str]) -> tuple[int | str, str]:
+        asked.append(list(kinds))
+        told = []
+        for kind in kinds:
+            if kind == "crashes":
+                return "SIGSEGV", "\n".join(told)
+            if kind == "fails":
+                return gpu_decode.TOLD, "\n".join([*told, json.dumps([kind, {"failure": "unsupported"}])])
+            told += ["a warning of a library", json.dumps([kind, {"worst": 3.0, "mean": 0.25}])]
+        return 0, "\n".join(told)
+
+    found = gpu_decode.each_kind(["a", "crashes", "b", "fails", "c"], start)
+    assert {kind: str(outcome) for kind, outcome in found.items()} == {
+        "a": "3 (0.25)",
+        "b": "3 (0.25)",
+        "c": "3 (0.25)",
+        "crashes": "SIGSEGV",
+        "fails": "unsupported",
+    }
+    assert asked == [["a", "crashes", "b", "fails", "c"], ["b", "fails", "c"], ["c"]]
+    good, bad = found["a"], found["crashes"]
+    assert gpu_decode.wrongly(good, bad)
+    assert not gpu_decode.wrongly(bad, bad)  # the CPU cannot decode it either
+    assert not gpu_decode.wrongly(good, good)
+    assert gpu_decode.wrongly(good, Outcome(worst=255, mean=40.0))
+    assert gpu_decode.wrongly(good, Outcome(failure="another shape"))
+
+
+def test_kernels_belong_to_the_range_in_which_they_were_launched() -> None:
+    main, autograd, dali = 1, 2, 3
+    trace: list[dict[str, Any]] = [
+        {"cat": "user_annotation", "name": "encoder", "ts": 100, "dur": 50, "tid": main},
+        {"cat": "user_annotation", "name": "backward", "ts": 200, "dur": 100, "tid": main},
+        {"cat": "user_annotation", "name": "DistributedDataParallel.forward", "ts": 90, "dur": 70, "tid": main},
+        {"cat": "gpu_user_annotation", "name": "encoder", "ts": 400, "dur": 900, "tid": 7},
+        {"cat": "cpu_op", "name": "autograd::engine::evaluate_function: Conv", "ts": 210, "dur": 5, "tid": autograd},
+    ]
+
+    def launch(ts: int, thread: int, dur: int, cat: str = "kernel", by: str = "cuda_runtime") -> None:
+        number = len(trace)
+        trace.append({"cat": by, "name": "launch", "ts": ts, "dur": 1, "tid": thread, "args": {"correlation": number}})
+        # it runs much later, when the host is in another range
+        trace.append({"cat": cat, "ts": ts + 1000, "dur": dur, "tid": 7, "args": {"correlation": number}})
+
+    launch(120, main, 3000)
+    launch(149, main, 1000, by="cuda_driver")
+    launch(220, autograd, 5000)
+    launch(230, main, 500, cat="gpu_memset")
+    launch(130, dali, 7000)
+    launch(160, main, 11000)
+    launch(50, main, 13000)
+    trace.append({"cat": "kernel", "ts": 2000, "dur": 17000, "tid": 7, "args": {}})
+    assert gpu_step.by_part(trace, kernels=True) == {
+        "encoder": 4.0,
+        "backward": 5.5,
+        "data": 7.0,
+        gpu_step.ELSEWHERE: 41.0,
+    }
+    assert gpu_step.by_part(trace, kernels=False) == {"encoder": 0.05, "backward": 0.1}
+
+
+def test_pictures_are_compared_pixel_by_pixel(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    pixels = np.full((10, 10, 3), 100, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "one" / "a.png")
+    pixels[0, 0], pixels[1, 1, 2] = 101, 107
+    Image.fromarray(pixels).save(tmp_path / "other" / "a.png")
+    assert gpu_postprocess.differences(tmp_path / "one", tmp_path / "other") == (0.99, 7, 100)
