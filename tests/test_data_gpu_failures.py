@@ -168,20 +168,23 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     return FakeGpu(monkeypatch)
 
 
+MEMORY = "train.micro_batch or data.prefetch, or end other programs"
+RESTART = r"start the run again with run\.dir=RUN"
+CPU = r"set data\.device=cpu to decode on the CPU$"
 ERRORS = {
-    "CUDA out of memory. Tried to allocate 2.00 GiB": "train.micro_batch or data.prefetch, or end other programs",
-    "Can't allocate 123 bytes on device 1.": "train.micro_batch",
-    "CUDA allocation failed": "train.micro_batch",
-    "nvImageCodec failure: '#5'": "train.micro_batch",
-    "CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory access was encountered": r"run\.dir=RUN",
-    "CUDA driver API error CUDA_ERROR_LAUNCH_FAILED (719)": r"run\.dir=RUN",
-    "nvImageCodec failure: '#8'": r"set data\.device=cpu to decode on the CPU$",
-    "Failed to decode sample #2 : ": r"set data\.device=cpu to decode on the CPU$",
+    "torch's memory": ("CUDA out of memory. Tried to allocate 2.00 GiB", MEMORY),
+    "DALI's memory": ("Can't allocate 123 bytes on device 1.", MEMORY),
+    "CUDA's memory": ("CUDA allocation failed", MEMORY),
+    "the codec's memory": ("nvImageCodec failure: '#5'", MEMORY),
+    "runtime": ("CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory access", RESTART),
+    "driver": ("CUDA driver API error CUDA_ERROR_LAUNCH_FAILED (719)", RESTART),
+    "codec": ("nvImageCodec failure: '#8'", CPU),
+    "sample": ("Failed to decode sample #2 : ", CPU),
 }
 """What DALI may say of a GPU, and a part of the remedy."""
 
 
-@pytest.mark.parametrize(("text", "remedy"), ERRORS.items())
+@pytest.mark.parametrize(("text", "remedy"), ERRORS.values(), ids=ERRORS)
 def test_a_gpu_that_fails_is_told_and_no_photograph_is_blamed(
     photographs: Photographs, gpu: FakeGpu, text: str, remedy: str
 ) -> None:

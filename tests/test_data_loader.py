@@ -310,6 +310,7 @@ def test_closing_early_leaves_no_thread(photographs: Photographs) -> None:
     batches.close()
     assert not threads_named("prefetch")
     assert not threads_named("read")
+    assert not threads_named("finish")
 
 
 def test_prefetch_keeps_order_depth_and_errors() -> None:

@@ -53,7 +53,7 @@ def test_a_child_that_hangs_is_ended() -> None:
 
 
 def test_a_wish_to_stop_ends_the_child_at_once() -> None:
-    assert preflight.failure(python("import time; time.sleep(600)"), 600, lambda: True)
+    assert preflight.failure(python("import time; time.sleep(600)"), 600, lambda: True) == "was stopped"
     assert not children()
 
 

@@ -112,9 +112,10 @@ def failure(command: Sequence[str], seconds: float, stopped: Callable[[], bool] 
                 _, printed = child.communicate(timeout=POLL_SECONDS)
                 break
             except subprocess.TimeoutExpired:
-                if stopped() or time.monotonic() > deadline:
+                late = time.monotonic() > deadline
+                if late or stopped():
                     child.kill()
-                    return f"took more than {seconds:g} s"
+                    return f"took more than {seconds:g} s" if late else "was stopped"
     if child.returncode < 0:
         return f"died of {_signal_name(-child.returncode)}"
     lines = printed.decode(errors="replace").split("\n")
@@ -127,8 +128,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("gpu", nargs="?", type=int, default=0, help="its number (default: %(default)s)")
     parser.add_argument("--hw-decoder-load", type=float, default=DataConfig.hw_decoder_load, metavar="SHARE")
     arguments = parser.parse_args(argv)
-    # a crash is among what is expected: it needs no gigabytes of memory on the disk
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     try:
         worst = greatest_difference(decode("gpu", arguments.gpu, arguments.hw_decoder_load), decode("cpu", None))
     except (RuntimeError, MemoryError) as error:
@@ -185,4 +184,7 @@ def _signal_name(number: int) -> str:
 
 
 if __name__ == "__main__":
+    # a crash is among what is expected: no core file of some gigabytes
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    signal.alarm(round(2 * SECONDS))  # who started it may be gone by the time it hangs
     sys.exit(main())
