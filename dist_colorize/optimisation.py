@@ -56,7 +56,8 @@ class TrainConfig:
     clip: float | None = 1.0
     """Largest L2 norm of the gradient; larger ones are scaled down to it. null: no clipping."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast dtype. auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    """Autocast dtype. auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU. fp32: IEEE
+    single precision on every device, no TF32; validation, evaluate and postprocess always compute in it."""
     max_skipped: int = 25
     """Steps in a row that may be skipped for a non-finite loss or gradient; one more and the run stops."""
     ema: float | None = None
