@@ -214,6 +214,20 @@ def test_a_wish_to_stop_ends_the_trial_on_all_ranks(monkeypatch: pytest.MonkeyPa
     assert all(stop.requested for stop in ranks.stops)
 
 
+def test_a_lost_rank_ends_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trial(gpu: int, load: float, stopped: Callable[[], bool]) -> None:
+        while not stopped():
+            time.sleep(0.01)
+
+    def agree(flag: bool) -> bool:
+        raise ConnectionError("rank 1 is gone")
+
+    monkeypatch.setattr(preflight, "own_failure", trial)
+    world: Any = SimpleNamespace(device=torch.device("cuda", 0), local_rank=0, agree=agree)
+    with pytest.raises(ConnectionError):
+        preflight.decoding_device(DataConfig(), world, StopFlag())
+
+
 @pytest.mark.parametrize(("device", "decoder"), [("cpu", "auto"), ("cuda", "cpu")])
 def test_where_no_gpu_decodes_nothing_is_tried(monkeypatch: pytest.MonkeyPatch, device: str, decoder: Any) -> None:
     monkeypatch.setattr(preflight, "own_failure", lambda *_: pytest.fail("a trial"))

@@ -61,12 +61,15 @@ def decoding_device(config: DataConfig, world: World, stop: StopFlag) -> DataCon
 
     with ThreadPoolExecutor(1, thread_name_prefix="preflight") as thread:
         mine = [thread.submit(trial)] if world.local_rank == 0 else []
-        # in steps: a trial may take longer than a rank waits in one collective
-        while world.agree(any(not done.done() for done in mine)):
-            if world.agree(stop.requested):
-                stop.request()
-                raise Interrupted("while the GPU's decoder was tried")
-            wait(mine, timeout=POLL_SECONDS)
+        try:
+            # in steps: a trial may take longer than a rank waits in one collective
+            while world.agree(any(not done.done() for done in mine)):
+                if world.agree(stop.requested):
+                    raise Interrupted("while the GPU's decoder was tried")
+                wait(mine, timeout=POLL_SECONDS)
+        except BaseException:  # also where a rank has gone: nobody waits for the trial any more
+            stop.request()
+            raise
     failures = [text for texts in world.gather_objects([done.result() for done in mine]) for text in texts if text]
     if not failures:
         return config
