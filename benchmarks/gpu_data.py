@@ -32,7 +32,7 @@ from dist_colorize.hardware import usable_cores
 
 ENCODER = "vgg16_bn.pt"
 MADE = "made"
-"""An empty file that says that all is there."""
+"""A file that says of what size all is there."""
 ORIENTATION = 0x0112
 """EXIF tag: 1 to 8, how the picture is to be turned and mirrored for display."""
 
@@ -55,10 +55,10 @@ def main() -> None:
 
 
 def make(place: Place) -> None:
-    if (place.work / MADE).exists():
+    amount, made = DRY if place.dry else FULL, place.work / MADE
+    if made.exists() and made.read_text() == str(amount):
         fact(made="earlier")
         return
-    amount = DRY if place.dry else FULL
     begin = time.monotonic()
     with ThreadPoolExecutor(usable_cores()) as pool:
         first = 0
@@ -69,15 +69,15 @@ def make(place: Place) -> None:
             list(pool.map(lambda path, n: write(path, photograph(n, amount.sides)), paths, range(first, first + count)))
             first += count
     odd = make_odd(place.work / "odd", photograph(0, (250, 350)))
-    made = time.monotonic()
+    drawn = time.monotonic()
     for folder in ("photographs", "validation"):
         ensure_index(place.work / folder, DataConfig().min_side)
     indexed = time.monotonic()
     weights = {f"features.{name}": value for name, value in pretrained().state_dict().items()}
     torch.save(weights, place.work / ENCODER)
-    (place.work / MADE).touch()
+    made.write_text(str(amount))
     fact(pictures=first + odd, odd=odd)
-    fact(seconds_to_make=round(made - begin, 1), seconds_to_index=round(indexed - made, 1))
+    fact(seconds_to_make=round(drawn - begin, 1), seconds_to_index=round(indexed - drawn, 1))
 
 
 def suffix(folder: str, number: int) -> str:

@@ -20,6 +20,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,8 +59,8 @@ def cannot(what: str) -> None:
 
 
 def section(markdown: str) -> None:
-    """Text below the table."""
-    _say("section", markdown)
+    """Text below the table; of several lines, to be read in the log as well."""
+    print(f"::section\n{markdown}\n::end", flush=True)
 
 
 def _say(mark: str, value: object) -> None:
@@ -67,8 +68,11 @@ def _say(mark: str, value: object) -> None:
 
 
 def _heard(log: str, mark: str) -> list[Any]:
-    start = f"::{mark} "
-    return [json.loads(line.removeprefix(start)) for line in log.splitlines() if line.startswith(start)]
+    return [json.loads(value) for value in re.findall(rf"^::{mark} (.*)$", log, re.MULTILINE)]
+
+
+def _sections(log: str) -> list[str]:
+    return re.findall(r"^::section\n(.*?)\n::end$", log, re.MULTILINE | re.DOTALL)
 
 
 # ---------------------------------------------------------------- steps and their results
@@ -247,7 +251,7 @@ class Runner:
             "seconds": round(time.monotonic() - begin, 1),
             "facts": {name: value for one in _heard(log, "fact") for name, value in one.items()},
             "cannot": _heard(log, "cannot"),
-            "sections": _heard(log, "section"),
+            "sections": _sections(log),
         }
         if step.read:
             found["facts"] |= step.read(log)

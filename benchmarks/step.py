@@ -107,9 +107,10 @@ def _random_vgg() -> nn.Sequential:
 
 def ours() -> Network:
     """The final network as training builds it."""
+    encoder = {f"features.{k}": v for k, v in pretrained().state_dict().items()}
     torch.manual_seed(1)
     network = build(ModelConfig())
-    network.encoder.load_vgg16_bn({f"features.{k}": v for k, v in pretrained().state_dict().items()}, "the benchmark")
+    network.encoder.load_vgg16_bn(encoder, "the benchmark")
     # as it starts, all bins are as likely: there would be nothing to compare
     nn.init.normal_(network.head.weight, std=0.1)
     return network

@@ -48,7 +48,7 @@ GOOD = """
     print("some output")
     fact(speed=1234.5678, kinds=20)
     cannot("the other half: needs a GPU")
-    section("### More")
+    section("### More\\n\\n| of | it |")
 """
 CRASH = """
     import os, signal
@@ -102,7 +102,7 @@ def test_what_steps_come_to_is_in_the_lines_the_logs_and_the_table(tmp_path: Pat
 
     text = run.report("# Heading")
     assert text == (tmp_path / "out" / "table.md").read_text()
-    assert text.startswith("# Heading\n\n| step ") and text.endswith("\n\n### More\n")
+    assert text.startswith("# Heading\n\n| step ") and text.endswith("\n\n### More\n\n| of | it |\n")
     (row,) = [line for line in text.splitlines() if line.startswith("| good")]
     assert [cell.strip() for cell in row.split("|")[1:4]] == ["good", "what good shows", "ok"]
     assert "speed: 1235; kinds: 20; cannot run here: the other half: needs a GPU" in row
