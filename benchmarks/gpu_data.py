@@ -60,6 +60,7 @@ def make(place: Place) -> None:
         fact(made="earlier")
         return
     begin = time.monotonic()
+    samples()  # read once, before the threads ask for them
     with ThreadPoolExecutor(usable_cores()) as pool:
         first = 0
         for folder in ("photographs", "validation", "archive"):
