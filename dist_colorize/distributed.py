@@ -13,20 +13,26 @@ processes as it says; started by hand there is one, which goes through the same 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
+import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from dist_colorize.errors import Interrupted, UserError
+from dist_colorize.errors import FAILURE, Interrupted, UserError, report
+from dist_colorize.flight_recorder import FlightRecorder
 from dist_colorize.hardware import usable_cores, use_ieee_fp32
 from dist_colorize.heartbeat import Heartbeat, Launcher, PeerLost
 from dist_colorize.rendezvous import Rendezvous, environment_number
@@ -40,6 +46,21 @@ POLL_SECONDS = 0.2
 LEAVING_SECONDS = 10.0
 """How long rank 0's work may take to see that it is to stop, before the ranks leave without its result."""
 
+SIGNS_OF_A_COLLECTIVE = ("gloo", "Gloo", "NCCL", "pair closure")
+"""What torch's errors say where a collective has failed; most of them have no type of their own."""
+
+SETTLE_SECONDS = 10.0
+"""How long a rank waits at the end for gloo's threads to let go of its tensors."""
+
+
+def nccl_timeout(timeout: float) -> float:
+    """Seconds until NCCL's watchdog ends the process for a collective that hangs, where gloo waits for `timeout`.
+
+    The clocks start together, as a rank hands both a collective and goes on. gloo's has to run out first, and leave
+    time to find out which rank is missing and to say so, from the heartbeat's thread where the main one hangs too.
+    """
+    return 2 * timeout + 60
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
@@ -50,7 +71,8 @@ class DistributedConfig:
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Transport of the collectives; auto is nccl where each rank has a GPU of its own, else gloo."""
     timeout: float = 300.0
-    """Seconds that a rank waits for another one in a collective before it gives up."""
+    """Seconds that a rank waits for another one in a collective before it gives up. NCCL's own limit is twice that and
+    a minute, so that the rank that is missing can be named."""
     threads: int | None = None
     """CPU threads of each rank, which decide the order of sums and so their last bits. null: the rank's share of the
     cores that it may use (usable_cores), the smallest one over all ranks: they wait for each other anyway."""
@@ -62,6 +84,35 @@ class DistributedConfig:
             raise ValueError(f"timeout must be a number of seconds above 0, got {self.timeout}")
         if self.device == "cpu" and self.backend == "nccl":
             raise ValueError("backend nccl works on GPUs only; use gloo or auto with device cpu")
+
+
+class Lent:
+    """Tensors on the CPU that gloo's threads may hold, also for a moment after their collective is done.
+
+    To let go of the last reference a thread needs Python's lock. One that asks for it while the interpreter ends, after
+    the last collective of a run, takes the process down with SIGABRT. So each tensor is kept here until only Python
+    holds it. They must be new ones: references of others would keep them here.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: list[torch.Tensor] = []
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Keeps the tensor and returns it."""
+        self._forget()
+        self._tensors.append(tensor)
+        return tensor
+
+    def settle(self, seconds: float) -> None:
+        """Waits until all are back, or for `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self._tensors and time.monotonic() < deadline:
+            self._forget()
+            time.sleep(0)
+
+    def _forget(self) -> None:
+        # Python's references count as one, however many there are.
+        self._tensors = [tensor for tensor in self._tensors if tensor._use_count() > 1]  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -81,6 +132,10 @@ class World:
     """CPU threads of each rank."""
     heartbeat: Heartbeat | None = None
     """Tells the other ranks that this one lives, and how far it is."""
+    recorder: FlightRecorder | None = None
+    """Remembers the last collectives, for the case that one fails."""
+    lent: Lent = field(default_factory=Lent, repr=False, compare=False)
+    """What gloo was given."""
 
     @property
     def is_leader(self) -> bool:
@@ -93,8 +148,13 @@ class World:
 
     def agree(self, flag: bool) -> bool:
         """Whether any rank's flag is set. Goes over the CPU, so that no GPU has to finish its queue first."""
-        raised = torch.tensor([flag], dtype=torch.uint8)
-        return bool(self._reduce(raised, dist.ReduceOp.MAX).item())
+        return self.ask(flag).answer()
+
+    def ask(self, flag: bool) -> Question:
+        """Begins to `agree`; the answer can be had later, in any order with other collectives."""
+        raised = self.lent.add(torch.tensor([flag], dtype=torch.uint8))
+        self._enter()
+        return Question(raised, dist.all_reduce(raised, dist.ReduceOp.MAX, async_op=True))
 
     def gather_objects(self, item: T) -> list[T]:
         """The picklable `item` of every rank, by rank."""
@@ -166,15 +226,68 @@ class World:
         return value
 
     def _reduce(self, tensor: torch.Tensor, operation: Any) -> torch.Tensor:
+        self._enter()
+        if tensor.device.type != "cpu":
+            dist.all_reduce(tensor, operation)
+            return tensor
+        shared = self.lent.add(tensor.clone())
+        dist.all_reduce(shared, operation)
+        return tensor.copy_(shared)
+
+    def _enter(self) -> None:
+        """At the beginning of every collective."""
         if self.heartbeat is not None:
             self.heartbeat.reached += 1
-        holders = tensor._use_count()  # type: ignore[attr-defined]
-        dist.all_reduce(tensor, operation)
-        # gloo's thread may still hold the tensor. To let go of the last reference it needs Python's lock, and when it
-        # asks for that while the interpreter ends, after the last collective of a run, the process dies of SIGABRT.
-        while tensor.device.type == "cpu" and tensor._use_count() > holders:  # type: ignore[attr-defined]
-            time.sleep(0)
-        return tensor
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whether any rank's flag is set, while the answer is on its way."""
+
+    raised: torch.Tensor
+    work: dist.Work
+
+    def answer(self) -> bool:
+        """Waits for the answer, which is the same on every rank."""
+        self.work.wait()
+        return bool(self.raised.item())
+
+
+class LateAgreement:
+    """`World.agree` for a loop of steps that must not wait for the other ranks: each call answers the one before it.
+
+        with LateAgreement(world) as agree:
+            while not stopping:
+                ...                                 # a step, during which the flags travel
+                stopping = agree(stop.requested)
+
+    A collective: all ranks call it at the same places, and have the same answer there. The first one is False. The last
+    question may stay open: the session's end waits for it.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._asked: Question | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        before, self._asked = self._asked, self._world.ask(flag)
+        self._watch(None)  # from here on this thread looks itself
+        answer = before is not None and before.answer()
+        self._watch(self._asked.work)
+        return answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watch(None)
+
+    def _watch(self, work: dist.Work | None) -> None:
+        """gloo gives up in time, but a thread that waits for a GPU with a hanging collective does not hear of it."""
+        if self._world.heartbeat is not None and self._world.backend == "nccl":
+            self._world.heartbeat.watched = work
 
 
 @contextlib.contextmanager
@@ -197,9 +310,12 @@ def session(config: DistributedConfig) -> Iterator[World]:
     threads = config.threads or max(1, min(map(int, shares)))
     torch.set_num_threads(threads)
     stuck = False
+    lent = Lent()
+    heartbeat = Heartbeat(dist.PrefixStore("life", meeting.second_store), rank, size, launcher)
+    recorder = FlightRecorder(rank, enabled=backend == "nccl")
+    heartbeat.when_stuck = partial(_name_lost_peers_and_leave, heartbeat, recorder)
     try:
-        life = dist.PrefixStore("life", meeting.second_store)
-        with Heartbeat(life, rank, size, launcher) as heartbeat, _naming_lost_peers(heartbeat):
+        with recorder, heartbeat, _naming_lost_peers(heartbeat, recorder):
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
                 store=dist.PrefixStore("group", meeting.store),
@@ -208,7 +324,9 @@ def session(config: DistributedConfig) -> Iterator[World]:
                 timeout=timedelta(seconds=config.timeout),
                 device_id=device if backend == "nccl" else None,
             )
-            world = World(rank, local_rank, size, local_size, device, backend, threads, heartbeat)
+            if backend == "nccl":
+                _backend_for("cuda").set_timeout(timedelta(seconds=nccl_timeout(config.timeout)))
+            world = World(rank, local_rank, size, local_size, device, backend, threads, heartbeat, recorder, lent)
             try:
                 yield world
             except Interrupted:
@@ -219,24 +337,51 @@ def session(config: DistributedConfig) -> Iterator[World]:
     except BaseException as error:
         # Ranks that still wait in a GPU collective would hold us up; leaving ends the group as well.
         stuck = backend == "nccl" and not isinstance(error, Interrupted)
+        if stuck and isinstance(error, PeerLost):
+            atexit.register(_leave_now)
         raise
     finally:
         if not stuck and dist.is_initialized():
             dist.destroy_process_group()
+        lent.settle(SETTLE_SECONDS)
 
 
 @contextlib.contextmanager
-def _naming_lost_peers(heartbeat: Heartbeat) -> Iterator[None]:
+def _naming_lost_peers(heartbeat: Heartbeat, recorder: FlightRecorder) -> Iterator[None]:
     """Turns the error of a collective whose other side has gone into a PeerLost that says who."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in ("gloo", "Gloo", "NCCL")):
+        if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in SIGNS_OF_A_COLLECTIVE):
             raise
-        if dist.is_initialized() and dist.get_backend() == "gloo":
+        if dist.is_initialized():
             # Those who wait for this rank would hear of the loss only when it leaves: close the connections first.
-            dist.group.WORLD.abort()  # type: ignore[union-attr]
-        raise PeerLost(heartbeat.explain(error)) from None
+            _backend_for("cpu").abort()
+        raise _loss(heartbeat, recorder, error) from None
+
+
+def _name_lost_peers_and_leave(heartbeat: Heartbeat, recorder: FlightRecorder, error: RuntimeError) -> None:
+    """For a thread, where the main one waits for a GPU whose collective does not end."""
+    report(_loss(heartbeat, recorder, error))
+    _leave_now()
+
+
+def _loss(heartbeat: Heartbeat, recorder: FlightRecorder, error: RuntimeError) -> PeerLost:
+    told = heartbeat.explain(error)
+    record = recorder.dump()
+    return PeerLost(told if record is None else f"{told}; torchfrtrace {record.parent} shows the last collectives")
+
+
+def _leave_now() -> None:
+    """Ends the process where its orderly end would wait for a GPU collective that does not end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(FAILURE)
+
+
+def _backend_for(device: str) -> Any:
+    """What serves the collectives of the tensors on `device`, cpu or cuda."""
+    return dist.group.WORLD._get_backend(torch.device(device))  # type: ignore[union-attr]
 
 
 def own_device(config: DistributedConfig, local_rank: int) -> torch.device:

@@ -60,7 +60,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         code = main() or OK
         sys.stdout.flush()
     except UserError as error:
-        _report(error)
+        report(error)
         code = error.code
     except (Interrupted, KeyboardInterrupt) as error:
         if os.environ.get("RANK", "0") == "0":
@@ -73,7 +73,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     raise SystemExit(code)
 
 
-def _report(error: UserError) -> None:
+def report(error: UserError) -> None:
     """Print a UserError; under torchrun with the rank, and once per node when all ranks raise the same one."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and error.shared and os.environ.get("LOCAL_RANK", "0") != "0":

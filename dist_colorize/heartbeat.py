@@ -7,6 +7,8 @@
             raise PeerLost(heartbeat.explain(error))
 
 A thread writes a line into the process group's store every second. Nobody reads it until a collective has failed.
+It also watches the last collective that goes on beside the main thread: one that has failed while the main thread waits
+for a GPU that never answers is reported from here.
 Under torchrun the thread also looks whether torchrun still lives: killed, it leaves its ranks behind, and they would go
 on beside those that it starts next time. They are told to stop instead, as by SIGTERM.
 """
@@ -21,7 +23,8 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
@@ -34,6 +37,8 @@ SECONDS = 1.0
 """Time between two signs of life."""
 SILENT_SECONDS = 3.0
 """Silence after which a rank counts as gone; it has to outlast a pause of the machine."""
+STUCK_SECONDS = 30.0
+"""For how long a failed collective may go unnoticed by the main thread before the heartbeat's thread reports it."""
 
 
 class PeerLost(RunFailed):
@@ -53,6 +58,8 @@ class Sign:
     who: str
     left: str | None
     """Why it left; None where it did not say so."""
+    met: str | None
+    """How a collective failed here; None where none did."""
 
 
 class Launcher:
@@ -79,8 +86,15 @@ class Heartbeat:
         self._store, self._rank, self._size, self._launcher = store, rank, size, launcher
         self.reached = 0
         """Collectives that this rank has entered; the owner counts."""
+        self.watched: dist.Work | None = None
+        """A collective that goes on while the main thread does something else; the owner replaces it."""
+        self.when_stuck: Callable[[RuntimeError], None] = lambda error: None
+        """Called in the thread, with its error, when `watched` failed STUCK_SECONDS ago and has not been replaced."""
         self._count = 0
         self._left: str | None = None
+        self._met: str | None = None
+        self._alone = False
+        self._unnoticed = 0.0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -105,18 +119,19 @@ class Heartbeat:
 
     def explain(self, error: BaseException) -> str:
         """Why a collective failed with `error`, as far as the other ranks' signs tell. Takes a few seconds."""
-        # gloo says: [path of its source:line] Connection closed by peer [address]. This is typically caused ...
-        reason = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". This is")[0].partition("\n")[0]
+        self._met = _reason(error)
+        self._say()
         first = self._read()
         if first is None:
-            return f"rank 0 and the store of the process group are gone ({reason}); {_ADVICE}"
+            return f"rank 0 and the store of the process group are gone ({self._met}); {_ADVICE}"
         time.sleep(SILENT_SECONDS)
         second = self._read() or first
         others = [rank for rank in range(self._size) if rank != self._rank]
         failed = [r for r in others if (sign := second.get(r)) and sign.left and not sign.left.startswith("PeerLost")]
-        silent = [r for r in others if r in second and not second[r].left and second[r].count == first[r].count]
+        here = [r for r in others if r in second and not second[r].left and not second[r].met]  # and know of no loss
+        silent = [r for r in here if r in first and second[r].count == first[r].count]
         silent += [r for r in others if r not in second]
-        behind = [r for r in others if r in second and not second[r].left and second[r].reached < self.reached]
+        behind = [r for r in here if second[r].reached < self.reached]
         if failed:
             told = "; ".join(f"{_name(r, second.get(r))} left with {second[r].left}" for r in failed)
         elif silent:
@@ -126,24 +141,45 @@ class Heartbeat:
             told += "; where it does long work between steps, raise distributed.timeout"
         else:
             told = "no rank is missing, so the network between them failed"
+        # A rank whose time is up closes its connections: others, whose clocks run a little later, meet that alone.
+        met = [self._met, *(sign.met or "" for sign in second.values())]
+        reason = next((text for text in met if text.startswith(_TIME_IS_UP)), self._met)
         return f"{told} ({reason}); {_ADVICE}"
 
     def _beat(self) -> None:
-        heard, alone = True, False
+        heard = True
         while True:
             heard = heard and self._say()  # no more once the store has gone: collectives will fail, and say why
             if self._stop.wait(SECONDS):
                 return
-            if self._launcher.has_gone and not alone:
-                alone = True
-                print("torchrun has gone; stopping", file=sys.stderr, flush=True)
-                os.kill(os.getpid(), signal.SIGTERM)
+            self._look_for_the_launcher()
+            self._look_at_the_watched()
+
+    def _look_for_the_launcher(self) -> None:
+        if self._launcher.has_gone and not self._alone:
+            self._alone = True
+            print("torchrun has gone; stopping", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _look_at_the_watched(self) -> None:
+        work = self.watched
+        if work is None or not work.is_completed():
+            return
+        try:
+            work.wait()
+        except RuntimeError as error:
+            self._unnoticed += SECONDS
+            if self._unnoticed >= STUCK_SECONDS:
+                self.when_stuck(error)
+        else:
+            self._unnoticed = 0.0
 
     def _say(self) -> bool:
         self._count += 1
-        sign = [self._count, self.reached, time.time(), f"{socket.gethostname()}, pid {os.getpid()}", self._left]
+        who = f"{socket.gethostname()}, pid {os.getpid()}"
+        sign = Sign(self._count, self.reached, time.time(), who, self._left, self._met)
         try:
-            self._store.set(f"heartbeat/{self._rank}", json.dumps(sign))
+            self._store.set(f"heartbeat/{self._rank}", json.dumps(astuple(sign)))
         except RuntimeError:
             return False
         return True
@@ -169,7 +205,16 @@ class Heartbeat:
             time.sleep(0.1)
 
 
+_TIME_IS_UP = "Timed out"
 _ADVICE = "the same command with run.dir=RUN goes on from the last checkpoint"
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    if "Application timeout" in text:  # gloo's word for a collective that ended as another one, beside it, timed out
+        return f"{_TIME_IS_UP} in a collective"
+    # gloo says: [path of its source:line] Connection closed by peer [address]. This is typically caused ...
+    return re.sub(r"^\[[^]]*\] ", "", text).partition(". This is")[0].partition("\n")[0]
 
 
 def _name(rank: int, sign: Sign | None) -> str:

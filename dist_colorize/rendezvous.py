@@ -27,6 +27,8 @@ CONNECT_SECONDS = 10.0
 """For which a rank tries to connect to a store that has just answered."""
 TORCHRUN_SECONDS = 30.0
 """For which a rank looks for torchrun's store, which was there before torchrun started any rank."""
+NCCL_HAS_FAILED = "exception_dump"
+"""Key under which NCCL's watchdog tells all ranks of a failed collective, past the prefixes of the store."""
 
 
 def environment_number(name: str, default: int | None = None) -> int:
@@ -50,6 +52,8 @@ class Rendezvous:
         # Workers that torchrun starts again meet in the store of the first attempt: what is written there is outdated.
         prefix = f"attempt {environment_number('TORCHELASTIC_RESTART_COUNT', 0)} of {size}"
         with _telling_of_a_lost_store():
+            if rank == 0:  # before the others can have its text: a watchdog that finds the key ends its process
+                store.delete_key(NCCL_HAS_FAILED)
             second = store.clone() if size > 1 else store
             store.set_timeout(timedelta(seconds=seconds))
         self.store = dist.PrefixStore(prefix, store)

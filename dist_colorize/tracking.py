@@ -48,6 +48,8 @@ def open_run(config: RunConfig, world: World, recipe_yaml: str) -> Run:
     """
     attempts = attempts_file(config)
     path = world.wait_for(lambda: make_run_folder(config, recipe_yaml, attempts))
+    if world.recorder is not None:
+        world.recorder.write_into(path / "flight_recorder")
     return Run(path, world.is_leader, attempts)
 
 

@@ -22,7 +22,7 @@ from dist_colorize.data import Loader, Order, evaluation_batches, open_photograp
 from dist_colorize.data.histogram import count_colours
 from dist_colorize.data.loader import Replaced
 from dist_colorize.data.preflight import decoding_device
-from dist_colorize.distributed import World, session
+from dist_colorize.distributed import LateAgreement, World, session
 from dist_colorize.errors import Interrupted, RunFailed, run_command
 from dist_colorize.evaluation import FINAL, Evaluation, evaluate, protocol, write_evaluation
 from dist_colorize.models import METHODS, TrainingModule, build, initialise
@@ -100,8 +100,8 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
         checkpoints.keep_if_best(step, result.scores[FINAL]["psnr"])
         return result
 
-    # The steps. Between two of them all ranks agree on whether to go on; what is due before a step is done first, so
-    # that a run cut off there does it again when it is resumed.
+    # The steps. After each one all ranks agree on whether to go on, on what they wished a step ago, so that none waits
+    # for the answer. What is due before the next step is left to the run that is resumed.
     run.resume(step)
     meter = Meter()
     with (
@@ -109,26 +109,27 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
         loader,
         Progress("train", world, settings.steps, step) as progress,
         traced(run.path / "profile", settings.profile, world.rank) as step_is_traced,
+        LateAgreement(world) as agree,
     ):
         batches = loader.batches(step)
         try:
-            while step < settings.steps:
-                if world.agree(stop.requested):
-                    raise Interrupted(f"after step {step} of {settings.steps}; run.dir={run.path} goes on from there")
+            stopping = world.agree(stop.requested)
+            while step < settings.steps and not stopping:
                 if settings.validate_every and step and step % settings.validate_every == 0:
                     validate()
                     meter.restart()
                 with meter.waiting():
                     batch = next(batches)
                 loss = optimisation.step(step, batch.L, batch.ab)
+                stopping = agree(stop.requested)
                 step_is_traced()
                 step += 1
                 run.alive(step)
                 meter.count(settings.global_batch)
                 progress.update(settings.global_batch, loss=loss, data_wait=meter.data_wait)
                 if step % settings.log_every == 0 or step in (1, settings.steps):
-                    skipped, in_a_row = optimisation.skipped.tolist()
                     replaced = replacements.share(step, loader.replaced + unusable)
+                    skipped, in_a_row = optimisation.skipped.tolist()  # waits for the GPU
                     run.log(
                         step,
                         loss=loss.item(),
@@ -141,6 +142,8 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
                     check_health(recipe, in_a_row, replaced, photographs)
                 if step % recipe.checkpoint.every == 0 or step == settings.steps:
                     checkpoints.save(step)
+            if stopping:
+                raise Interrupted(f"after step {step} of {settings.steps}; run.dir={run.path} goes on from there")
             result = validate()
         except (Interrupted, RunFailed) as reason:
             if reason.shared:

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ import torch
 from conftest import kill_tree, rank_environment, torchrun_command
 
 from dist_colorize import distributed
-from dist_colorize.distributed import DistributedConfig, session
-from dist_colorize.errors import INTERRUPTED, UserError
+from dist_colorize.distributed import DistributedConfig, Lent, nccl_timeout, session
+from dist_colorize.errors import FAILURE, INTERRUPTED, UserError
+from dist_colorize.flight_recorder import DUMP_SECONDS
 from dist_colorize.hardware import usable_cores
+from dist_colorize.heartbeat import SILENT_SECONDS, STUCK_SECONDS
 
 PRELUDE = """
 import json, os, signal, sys, time
@@ -176,6 +180,73 @@ def test_a_signal_ends_all_ranks_at_the_same_step(tmp_path: Path, program: Any, 
     assert stderr.count(f"interrupted: at step {steps[0]}\n") == 1
 
 
+@pytest.mark.world_size(4)
+def test_late_agreements_are_the_same_on_every_rank_whenever_the_flags_rise(
+    tmp_path: Path, program: Any, torchrun: Any
+) -> None:
+    """150 loops of up to 12 steps; in each every rank wishes to stop at a step of its own, or never, and takes its
+    time. Other collectives go on in between. The last question of a loop stays open."""
+    args = program("""
+        import random
+        from dist_colorize.distributed import LateAgreement
+        left, expected = [], []
+        with session(DistributedConfig()) as world:
+            for loop in range(150):
+                wishes = [random.Random(f"{loop} {rank}").choice([*range(12), 99, 99]) for rank in range(world.size)]
+                pace = random.Random(f"{loop} {world.rank} pace")
+                expected.append(min(min(wishes) + 1, 12))
+                with LateAgreement(world) as agree:
+                    stopping, step = False, -1
+                    while not stopping and step < 12:
+                        step += 1
+                        time.sleep(pace.choice([0, 0, 0, 0.001, 0.004]))
+                        total = world.sum_(torch.tensor([world.rank, step])).tolist()
+                        assert total == [6, 4 * step], total
+                        stopping = agree(step >= wishes[world.rank])
+                    assert world.gather_objects(step) == [step] * 4
+                left.append(step)
+        note(left=left, expected=expected)
+        """)
+    done = torchrun(4, *args)
+    assert done.returncode == 0, done.stderr
+    for facts in notes(tmp_path, 4):
+        assert facts["left"] == facts["expected"]
+
+
+@pytest.mark.world_size(2)
+def test_a_question_that_stays_open_holds_nobody_up(tmp_path: Path, program: Any, torchrun: Any) -> None:
+    args = program("""
+        from dist_colorize.distributed import LateAgreement
+        def main():
+            with session(DistributedConfig()) as world:
+                agree = LateAgreement(world)
+                agree(False)
+                note(at_work=[world.lent._tensors[0]._use_count() > 0])
+                if os.environ["ENDS"] == "interrupted":
+                    raise Interrupted()
+        run_command(main)
+        """)
+    for ends, code in (("well", 0), ("interrupted", 1)):
+        done = torchrun(2, *args, env={"ENDS": ends})
+        assert done.returncode == code and 'Traceback (most recent call last):\n  File "' + args[0] not in done.stderr
+        assert "SIGABRT" not in done.stderr and ("75" in done.stderr) == (ends == "interrupted"), done.stderr
+
+
+def test_tensors_are_kept_until_gloo_has_let_go_of_them() -> None:
+    with session(DistributedConfig(device="cpu")) as world:
+        lent, tensor = Lent(), torch.ones(1)
+        work = torch.distributed.all_reduce(lent.add(tensor), async_op=True)
+        work.wait()
+        held = [work.get_future()]  # holds it as gloo's thread does
+        del work
+        lent.settle(0.05)
+        assert lent._tensors == [tensor]
+        threading.Timer(0.2, held.clear).start()
+        lent.settle(60)
+        assert lent._tensors == [] and not held
+        assert world.size == 1
+
+
 @pytest.mark.world_size(2)
 def test_a_lost_peer_ends_the_others_soon(tmp_path: Path, program: Any, torchrun: Any) -> None:
     args = program("""
@@ -216,6 +287,74 @@ def test_one_process_needs_no_launcher_and_makes_the_same_calls(monkeypatch: pyt
         assert not torch.distributed.is_initialized()
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def nccl_stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The session of a rank with a GPU, on a CPU: torch's fake backend in place of NCCL. What it was given."""
+    import torch.testing._internal.distributed.fake_pg  # registers the backend
+
+    seen: dict[str, Any] = {}
+    genuine = torch.distributed.init_process_group
+
+    def init(backend: str, **settings: Any) -> None:
+        seen.update(settings, backend=backend, environment=dict(os.environ))
+        genuine(backend.replace("nccl", "fake"), **settings | {"device_id": None})
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    monkeypatch.setattr(distributed, "_agreed_backend", lambda *args: "nccl")
+    monkeypatch.setattr(
+        torch._C._distributed_c10d.FakeProcessGroup,
+        "set_timeout",
+        lambda self, timeout: seen.update(nccl_timeout=timeout),
+        raising=False,
+    )
+    for name in ("RANK", "WORLD_SIZE", "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    return seen
+
+
+def test_nccl_waits_longer_than_gloo_which_names_the_lost_rank(nccl_stand_in: dict[str, Any]) -> None:
+    threads = torch.get_num_threads()
+    with session(DistributedConfig(device="cpu", timeout=200)) as world:
+        assert nccl_stand_in["backend"] == "cpu:gloo,cuda:nccl" and world.backend == "nccl"
+        assert nccl_stand_in["timeout"] == timedelta(seconds=200)
+        assert distributed._backend_for("cpu").options._timeout == timedelta(seconds=200)
+        assert nccl_stand_in["nccl_timeout"] == timedelta(seconds=460)
+        # It also leaves time to find out who is missing, in a thread that gives the main one a chance first.
+        for timeout in (1.0, 300.0, 1e6):
+            assert nccl_timeout(timeout) >= timeout + STUCK_SECONDS + 2 * SILENT_SECONDS + DUMP_SECONDS
+    torch.set_num_threads(threads)
+
+
+def test_nccl_records_its_collectives_before_it_begins(nccl_stand_in: dict[str, Any]) -> None:
+    threads = torch.get_num_threads()
+    with session(DistributedConfig(device="cpu")):
+        assert nccl_stand_in["environment"]["TORCH_FR_BUFFER_SIZE"] == "2000"
+        assert nccl_stand_in["environment"]["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert "TORCH_FR_BUFFER_SIZE" not in os.environ
+    torch.set_num_threads(threads)
+
+
+def test_a_process_that_lost_a_rank_does_not_wait_for_its_gpu(tmp_path: Path, program: Any) -> None:
+    """At the interpreter's end torch and CUDA wait for collectives; here another handler does, which never ends."""
+    args = program("""
+        import atexit
+        from dist_colorize import distributed
+        atexit.register(time.sleep, 1000)
+        distributed._agreed_backend = lambda *args: "nccl"
+        genuine = torch.distributed.init_process_group
+        torch.distributed.init_process_group = lambda backend, device_id, **settings: genuine("gloo", **settings)
+        distributed._backend_for = lambda device, found=distributed._backend_for: found("cpu")
+
+        def main():
+            with session(DistributedConfig(device="cpu")):
+                raise RuntimeError("gloo: Connection closed by peer")
+        run_command(main)
+        """)
+    done = subprocess.run([sys.executable, *args], env=rank_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == FAILURE, done.stderr
+    assert done.stderr.endswith("goes on from the last checkpoint\n") and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -313,10 +452,43 @@ def test_two_ranks_share_one_gpu_over_gloo(tmp_path: Path, program: Any, torchru
 @pytest.mark.world_size(1)
 def test_one_gpu_talks_nccl_and_the_flag_stays_on_the_cpu(tmp_path: Path, program: Any, torchrun: Any) -> None:
     args = program("""
-        with session(DistributedConfig()) as world:
+        from dist_colorize import distributed
+        with session(DistributedConfig(timeout=100)) as world:
             total = world.sum_(torch.ones(1, device=world.device)).item()
-            note(backend=world.backend, agree=world.agree(True), sum=total)
+            seconds = [distributed._backend_for(on).options._timeout.total_seconds() for on in ("cpu", "cuda")]
+            note(backend=world.backend, agree=world.agree(True), sum=total, seconds=seconds)
         """)
     done = torchrun(1, *args)
     assert done.returncode == 0, done.stderr
-    assert notes(tmp_path, 1) == [{"backend": "nccl", "agree": True, "sum": 1.0}]
+    assert notes(tmp_path, 1) == [{"backend": "nccl", "agree": True, "sum": 1.0, "seconds": [100.0, 260.0]}]
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(1)
+def test_nccl_with_one_rank_trains_under_ddp_and_leaves_a_record(tmp_path: Path, program: Any, torchrun: Any) -> None:
+    args = program("""
+        import subprocess
+        from pathlib import Path
+        from dist_colorize.distributed import LateAgreement
+        folder = Path(sys.argv[1]) / "flight_recorder"
+        with session(DistributedConfig()) as world, LateAgreement(world) as agree:
+            world.recorder.write_into(folder)
+            torch.manual_seed(0)
+            plain = torch.nn.Linear(4, 4).to(world.device)
+            ddp = torch.nn.parallel.DistributedDataParallel(plain, device_ids=[world.device])
+            for step in range(3):
+                ddp(torch.ones(2, 4, device=world.device)).sum().backward()
+                assert not agree(False)
+            torch.cuda.synchronize()
+            gradients = [float(p.grad.sum()) for p in plain.parameters()]
+            record = world.recorder.dump()
+        reader = [sys.executable, "-m", "torch.distributed.flight_recorder.fr_trace", str(folder)]
+        read = subprocess.run(reader, capture_output=True, text=True)
+        note(gradients=gradients, record=str(record), bytes=record.stat().st_size, read=[read.returncode, read.stderr])
+        """)
+    done = torchrun(1, *args)
+    assert done.returncode == 0, done.stderr
+    (facts,) = notes(tmp_path, 1)
+    assert facts["gradients"] == [3 * 2 * 4.0 * 4, 3 * 2 * 4.0]
+    assert facts["record"] == str(tmp_path / "flight_recorder" / "rank_0") and facts["bytes"] > 1000
+    assert facts["read"][0] == 0, facts["read"][1]

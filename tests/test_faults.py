@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICES
 from PIL import Image
 from test_train import TINY, assert_same_bits, last_state, losses
 
@@ -63,12 +64,18 @@ def photographs(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, photographs: Path) -> Run:
+def trained_on() -> str:
+    """The device of a run; tests that hold for others as well are parametrized."""
+    return "cpu"
+
+
+@pytest.fixture
+def run(tmp_path: Path, photographs: Path, trained_on: str) -> Run:
     """`run(folder, *overrides)`: six tiny steps in this process, unless the overrides say otherwise."""
     validation = make_photographs(tmp_path / "validation", 2)
 
     def start(folder: Path | None, *overrides: str) -> None:
-        where = [f"run.dir={folder}"] if folder else []
+        where = [f"distributed.device={trained_on}", *([f"run.dir={folder}"] if folder else [])]
         train.main([*TINY, f"data.root={photographs}", f"data.val_root={validation}", *where, *overrides])
 
     return start
@@ -99,8 +106,10 @@ def at_step(monkeypatch: pytest.MonkeyPatch, action: Callable[[int, torch.Tensor
 
 
 def stopping_after(steps: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """The signal comes in the step before the last one: its answer travels during that."""
+
     def stop(step: int, L: torch.Tensor) -> torch.Tensor:
-        if step + 1 == steps:
+        if step + 2 == steps:
             os.kill(os.getpid(), signal.SIGTERM)
         return L
 
@@ -115,15 +124,13 @@ class Cut:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.at, self.signal = 0, 0, signal.SIGTERM
-        genuine = World._reduce
 
-        def counted(world: World, tensor: torch.Tensor, operation: Any) -> torch.Tensor:
+        def counted(world: World) -> None:
             self.count += 1
             if self.count == self.at:
                 os.kill(os.getpid(), self.signal)
-            return genuine(world, tensor, operation)
 
-        monkeypatch.setattr(World, "_reduce", counted)
+        monkeypatch.setattr(World, "_enter", counted)
 
     def after(self, collectives: int, number: signal.Signals) -> None:
         self.count, self.at, self.signal = 0, collectives, number
@@ -324,19 +331,14 @@ def test_an_interrupted_run_tries_again_what_failed_before(
     assert last_state(tmp_path / "run")["step"] == 3
 
 
+@pytest.mark.parametrize("trained_on", DEVICES)
 def test_the_best_checkpoint_stays(run: Run, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scored(monkeypatch, iter([5.0, 7.0, 6.0, 4.0, 3.0, 2.0]))
     often = ["train.validate_every=1", "checkpoint.every=100", "checkpoint.keep=1"]
-    cut = iter([False] * 3 + [True])
-
-    def stop(step: int, L: torch.Tensor) -> torch.Tensor:
-        if next(cut, False):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return L
-
-    at_step(monkeypatch, stop)
-    with pytest.raises(Interrupted):  # after step 4, validated after steps 1, 2, 3
-        run(tmp_path / "run", *often)
+    with monkeypatch.context() as patch:
+        at_step(patch, stopping_after(4))
+        with pytest.raises(Interrupted):  # validated after steps 1, 2, 3
+            run(tmp_path / "run", *often)
     assert checkpoints(tmp_path / "run") == ["best", "latest", "step-00000002.pt", "step-00000004.pt"]
     run(tmp_path / "run", *often)  # validates after steps 4, 5 and 6, all worse than the best before the interruption
     assert checkpoints(tmp_path / "run") == ["best", "latest", "step-00000002.pt", "step-00000006.pt"]
@@ -346,8 +348,10 @@ def test_the_best_checkpoint_stays(run: Run, quick: None, tmp_path: Path, monkey
 # ---------------------------------------------------------------- numbers
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("trained_on", DEVICES)
 def test_a_batch_of_nan_changes_nothing_and_is_counted(
-    run: Run, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, precision: str, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states: list[Mapping[str, torch.Tensor]] = []
     genuine = Optimisation.step
@@ -359,7 +363,7 @@ def test_a_batch_of_nan_changes_nothing_and_is_counted(
         return loss
 
     monkeypatch.setattr(Optimisation, "step", step)
-    run(tmp_path / "run", "train.validate_every=0")
+    run(tmp_path / "run", "train.validate_every=0", f"train.precision={precision}")
     assert_same_bits(states[2], states[1])
     assert_same_bits(states[3], states[1])
     assert any(not torch.equal(states[4][name], states[3][name]) for name in states[4])
@@ -369,6 +373,7 @@ def test_a_batch_of_nan_changes_nothing_and_is_counted(
     assert [line["loss"] is None for line in lines] == [False, False, True, True, False, False]
 
 
+@pytest.mark.parametrize("trained_on", DEVICES)
 def test_nothing_but_nan_stops_the_run_with_the_last_good_weights(
     run: Run, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,27 +21,52 @@ from test_train import TINY, last_state, losses
 KILLS = Path(__file__).parent / "workers" / "kills.py"
 
 LOSING = """
+    from dist_colorize.distributed import LateAgreement
+
     def main():
         with session(DistributedConfig(device="cpu", timeout=float(os.environ["LIMIT"]))) as world:
-            for number in range(10**6):
-                time.sleep(0.01)
-                world.agree(False)
-                if number == 50 and world.rank == 2:
-                    exec(os.environ["FAULT"])
+            with LateAgreement(world) as agree:
+                for number in range(10**6):
+                    time.sleep(0.01)
+                    agree(False)  # two collectives under way, as in training
+                    world.sum_(torch.ones(2))
+                    if number == 50 and world.rank == 2:
+                        exec(os.environ["FAULT"])
+                    if number == 50 and world.rank == 0:
+                        time.sleep(float(os.environ["LATE"]))
+
+    run_command(main)
+"""
+
+STUCK = """
+    from dataclasses import replace
+    from dist_colorize import heartbeat
+    from dist_colorize.distributed import LateAgreement
+
+    def main():
+        heartbeat.STUCK_SECONDS = 2.0
+        with session(DistributedConfig(device="cpu", timeout=float(os.environ["LIMIT"]))) as world:
+            if world.rank == 2:
+                exec(os.environ["FAULT"])
+            on_a_gpu = replace(world, backend="nccl")
+            with LateAgreement(on_a_gpu) as agree:
+                agree(False)
+                time.sleep(1000)  # as in loss.item(), while a collective on the GPU waits for rank 2
 
     run_command(main)
 """
 
 
-def lose(folder: Path, fault: str, limit: float) -> tuple[list[int], list[str]]:
+def lose(folder: Path, fault: str, limit: float, body: str = LOSING, late: float = 0) -> tuple[list[int], list[str]]:
     """Exit codes and stderr of three ranks, without a launcher that would end them; the last one has the fault."""
     program = folder / "program.py"
-    program.write_text(PRELUDE + textwrap.dedent(LOSING))
+    program.write_text(PRELUDE + textwrap.dedent(body))
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 9000), "WORLD_SIZE": "3"}
+    place |= {"LIMIT": str(limit), "FAULT": fault, "LATE": str(late)}
     ranks = [
         subprocess.Popen(
             [sys.executable, str(program), str(folder)],
-            env=rank_environment({**place, "RANK": str(rank), "LIMIT": str(limit), "FAULT": fault}),
+            env=rank_environment({**place, "RANK": str(rank)}),
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -58,24 +83,40 @@ def lose(folder: Path, fault: str, limit: float) -> tuple[list[int], list[str]]:
     return [process.returncode for process in ranks], told
 
 
+def assert_told(codes: list[int], told: list[str], expected: str) -> None:
+    assert codes[:2] == [1, 1], told
+    for rank in (0, 1):
+        line = rf"\[rank {rank}\] error: {expected}.* goes on from the last checkpoint"
+        assert re.search(line, told[rank]), told[rank]
+        assert "Traceback" not in told[rank]
+
+
+FROZEN = "os.kill(os.getpid(), signal.SIGSTOP)"
+
+
 @pytest.mark.parametrize(
     ("fault", "limit", "expected"),
     [
         ("os.kill(os.getpid(), 9)", 60, r"rank 2 \(.*, pid \d+\) vanished, last seen 20\d\d-.* s ago \(.*peer"),
         ("raise ValueError('a bug')", 60, r"rank 2 \(.*, pid \d+\) left with ValueError: a bug"),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", 5, r"rank 2 .* vanished, last seen .* \(Timed out"),
+        (FROZEN, 5, r"rank 2 .* vanished, last seen .* \(Timed out"),
         ("time.sleep(1000)", 5, r"rank 2 .* is alive but does not answer; .* raise distributed.timeout \(Timed out"),
     ],
     ids=["killed", "failed", "frozen", "busy"],
 )
 def test_a_lost_rank_is_named_by_the_others(tmp_path: Path, fault: str, limit: float, expected: str) -> None:
-    codes, told = lose(tmp_path, fault, limit)
-    assert codes[:2] == [1, 1]
-    for rank in (0, 1):
-        assert re.search(rf"\[rank {rank}\] error: {expected}.* goes on from the last checkpoint", told[rank]), told[
-            rank
-        ]
-        assert "Traceback" not in told[rank]
+    assert_told(*lose(tmp_path, fault, limit), expected)
+
+
+def test_all_tell_of_the_timeout_although_the_first_one_closes_its_connections(tmp_path: Path) -> None:
+    """On a busy machine rank 0 may enter its collective seconds after rank 1, and still wait when rank 1 gives up."""
+    assert_told(*lose(tmp_path, FROZEN, 5, late=2), r"rank 2 \(.*, pid \d+\) vanished, last seen .* \(Timed out")
+
+
+def test_a_rank_that_waits_for_its_gpu_names_the_lost_one_too(tmp_path: Path) -> None:
+    """Its main thread hears of nothing; gloo's time-out is found by the heartbeat, and each accuses rank 2 alone."""
+    codes, told = lose(tmp_path, FROZEN, 3, STUCK)
+    assert_told(codes, told, r"rank 2 \(.*, pid \d+\) vanished, last seen [^;]*\(Timed out")
 
 
 @pytest.fixture

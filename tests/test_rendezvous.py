@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from conftest import kill_tree, rank_environment
 
 from dist_colorize import rendezvous
@@ -57,6 +58,19 @@ def test_workers_that_are_started_again_do_not_hear_the_first_ones(port: int, mo
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert Rendezvous(1, 2, 10, Launcher()).store.add("count", 1) == 1
     assert server.store.add("count", 1) == 2
+
+
+def test_workers_that_are_started_again_do_not_hear_of_the_collective_that_failed_before(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's watchdog tells the others past all prefixes, and theirs would end the new processes minutes later."""
+    torchrun = dist.TCPStore("127.0.0.1", port, 2, True, wait_for_workers=False)
+    torchrun.set("exception_dump", "0000")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    Rendezvous(1, 2, 10, Launcher())
+    assert torchrun.check(["exception_dump"])  # one rank is enough, and rank 0 does it before it can be met
+    Rendezvous(0, 2, 10, Launcher())
+    assert not torchrun.check(["exception_dump"])
 
 
 def test_a_rank_that_nobody_serves_gives_up_after_its_time_out(port: int) -> None:
