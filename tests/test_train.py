@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import rank_environment, run_torchrun
+from conftest import DEVICES, rank_environment, run_torchrun
 from PIL import Image
 
 from dist_colorize.errors import UserError
@@ -212,9 +212,11 @@ def test_a_frozen_encoder_from_a_file(train: Train, tmp_path: Path) -> None:
     assert json.loads((run / "evaluation.json").read_text())["protocol"]["photographs"] < 8
 
 
-def test_a_signal_saves_and_leaves_with_its_own_exit_code(cache: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_signal_saves_and_leaves_with_its_own_exit_code(device: str, cache: dict[str, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "dist_colorize.train", *TINY, f"run.dir={run}", "train.steps=100000"]
+    command += [f"distributed.device={device}"]
     process = subprocess.Popen(command, env=rank_environment(cache), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
@@ -226,6 +228,50 @@ def test_a_signal_saves_and_leaves_with_its_own_exit_code(cache: dict[str, str],
     state = last_state(run)
     assert state["step"] == max(losses(run))
     assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [
+        pytest.param("cpu", "bf16"),
+        pytest.param("cpu", "fp16", marks=pytest.mark.slow),
+        *(pytest.param("cuda", precision, marks=pytest.mark.gpu) for precision in ("bf16", "fp16")),
+    ],
+)
+def test_a_run_that_is_killed_and_stopped_ends_like_a_whole_one(
+    device: str, precision: str, cache: dict[str, str], tmp_path: Path
+) -> None:
+    """kill -9 in step 9, SIGTERM in step 14, 20 steps in all; on a GPU through DALI there and NCCL, with one rank."""
+    worker = str(Path(__file__).parent / "workers" / "cut.py")
+    settings = [*TINY, f"distributed.device={device}", f"train.precision={precision}", "train.ema=0.9"]
+    settings += ["train.steps=20", "train.validate_every=0", "checkpoint.every=5"]
+
+    def life(run: Path, number: signal.Signals, step: int, saved: int) -> subprocess.CompletedProcess[str]:
+        checkpoint = run / "checkpoints" / f"step-{saved:08d}.pt"
+        command = [sys.executable, worker, number.name, str(step), str(checkpoint), *settings, f"run.dir={run}"]
+        return subprocess.run(command, env=rank_environment(cache), capture_output=True, text=True, timeout=240)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = life(whole, signal.SIGKILL, 10**6, 0)
+    assert done.returncode == 0, done.stderr
+    done = life(cut, signal.SIGKILL, 8, 5)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    done = life(cut, signal.SIGTERM, 13, 10)
+    assert done.returncode == 75, done.stderr
+    assert "step 5\n" in done.stdout and "Traceback" not in done.stderr
+    assert json.loads((cut / "status.json").read_text())["state"] == "interrupted"
+    assert last_state(cut)["step"] == 15  # the answer of the signal's step is there when the next one is done
+    done = life(cut, signal.SIGKILL, 10**6, 0)
+    assert done.returncode == 0, done.stderr
+    assert "step 15\n" in done.stdout
+    assert list(losses(cut)) == list(range(1, 21)) and (cut / "evaluation.json").exists()
+    # On a GPU sums may be rounded otherwise each time.
+    assert losses(cut) == (losses(whole) if device == "cpu" else pytest.approx(losses(whole), rel=0.05))
+    state, other = last_state(cut), last_state(whole)
+    assert any(not torch.equal(state["ema"][name], state["model"][name]) for name in state["model"])
+    if device == "cpu":
+        for part in ("model", "ema", "optimizer", "scaler"):
+            assert_same_bits(state[part], other[part], part)
 
 
 @pytest.mark.parametrize(
