@@ -200,7 +200,8 @@ class Runner:
         if obstacle:
             log, result = "", obstacle
         else:
-            print(f"{step.name} ...", flush=True)
+            with self._lock:
+                print(f"{step.name} ...", flush=True)
             log, result = self._process(step)
         with self._lock:
             self.results[step.name] = result
