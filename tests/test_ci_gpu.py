@@ -249,8 +249,10 @@ ERROR tests/test_b.py
         Finding("SLURM", "absent", "none"),
     ]
     assert script.findings("\n".join(["Software", *map(str, found)])) == {"well": 1, "broken": "scikit-image"}
-    checks = f"  ok  {Agreement('blend', 0.1, 0, 1, 0)}\n      {Speed('scale chroma', 2e-6, 4000, 0.713)}\n"
-    assert script.kernels(f"kernels on A card\n{checks}") == {"well": 1, "scale chroma": "71.3 %"}
+    off = Agreement("decode, fp16", "ab", worst=0.1, share=0, tolerance=1, most=0)
+    checks = f"  ok  {off}\n  !!  {off}\n      {Speed('scale chroma', 2e-6, 4000, 0.713)}\n"
+    expected = {"well": 1, "broken": "decode, fp16", "scale chroma": "71.3 %"}
+    assert script.kernels(f"kernels on A card\n{checks}") == expected
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
