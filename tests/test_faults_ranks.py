@@ -21,10 +21,14 @@ from test_train import TINY, last_state, losses
 KILLS = Path(__file__).parent / "workers" / "kills.py"
 
 LOSING = """
+    from datetime import timedelta
+    from dist_colorize import distributed
     from dist_colorize.distributed import LateAgreement
 
     def main():
-        with session(DistributedConfig(device="cpu", timeout=float(os.environ["LIMIT"]))) as world:
+        with session(DistributedConfig(device="cpu")) as world:
+            # On a busy machine ranks come together later than within these few seconds.
+            distributed._backend_for("cpu").set_timeout(timedelta(seconds=float(os.environ["LIMIT"])))
             with LateAgreement(world) as agree:
                 for number in range(10**6):
                     time.sleep(0.01)
@@ -40,12 +44,15 @@ LOSING = """
 
 STUCK = """
     from dataclasses import replace
-    from dist_colorize import heartbeat
+    from datetime import timedelta
+    from dist_colorize import distributed, heartbeat
     from dist_colorize.distributed import LateAgreement
 
     def main():
         heartbeat.STUCK_SECONDS = 2.0
-        with session(DistributedConfig(device="cpu", timeout=float(os.environ["LIMIT"]))) as world:
+        with session(DistributedConfig(device="cpu")) as world:
+            world.barrier()
+            distributed._backend_for("cpu").set_timeout(timedelta(seconds=float(os.environ["LIMIT"])))
             if world.rank == 2:
                 exec(os.environ["FAULT"])
             on_a_gpu = replace(world, backend="nccl")
