@@ -67,6 +67,8 @@ CHILD_SECONDS = 60.0
 """For all the kinds of a child; one that takes longer hangs."""
 TOLD = 3
 """Exit code of a child that has told of an error."""
+MOST_DEATHS = 3
+"""Crashes or hangs after which a way to decode is given up."""
 
 Sample = tuple[NDArray[np.uint8], tuple[int, int], tuple[int, int]]
 """Encoded bytes, anchor (y, x) and shape (h, w) of the crop, in pixels of the displayed image."""
@@ -153,8 +155,10 @@ def start_child(work: Path, way: str, kinds: Sequence[str]) -> tuple[int | str, 
 
 def each_kind(kinds: Sequence[str], start: Callable[[Sequence[str]], tuple[int | str, str]]) -> dict[str, Outcome]:
     """The outcome of every kind. `start` decodes kinds in a process, which tells of each and leaves with TOLD after the
-    first error; any other end is the outcome of the kind that it has not told of."""
+    first error; any other end is the outcome of the kind that it has not told of. After MOST_DEATHS of them the rest is
+    not tried: each costs seconds."""
     outcomes: dict[str, Outcome] = {}
+    deaths = 0
     while left := [kind for kind in kinds if kind not in outcomes]:
         end, printed = start(left)
         for line in printed.splitlines():
@@ -164,6 +168,9 @@ def each_kind(kinds: Sequence[str], start: Callable[[Sequence[str]], tuple[int |
         silent = [kind for kind in left if kind not in outcomes]
         if silent and end != TOLD:
             outcomes[silent[0]] = Outcome(failure=str(end))
+            deaths += 1
+        if deaths == MOST_DEATHS:
+            outcomes |= dict.fromkeys(silent[1:], Outcome(failure=f"not tried after {MOST_DEATHS} deaths"))
     return outcomes
 
 

@@ -125,7 +125,7 @@ Step = Callable[[], Tensor]
 
 def plain_step(work: Work, layout: torch.memory_format = torch.contiguous_format, compiled: bool = False) -> Step:
     """compiled: network and loss go through torch.compile together."""
-    network = PlainNetwork(ours(), pretrained(), layout).to(work.device)
+    network = PlainNetwork(ours().to(work.device), pretrained(), layout).to(work.device)
     adam = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-4)
     gamut, weights = Gamut().to(work.device), class_weights().to(work.device)
     lightness, ab = work.batch()

@@ -335,8 +335,9 @@ def session(config: DistributedConfig) -> Iterator[World]:
                 raise
             world.barrier()  # rank 0 may host the store that the others still need to leave in order
     except BaseException as error:
-        # Ranks that still wait in a GPU collective would hold us up; leaving ends the group as well.
-        stuck = backend == "nccl" and not isinstance(error, Interrupted)
+        # Ranks that still wait in a GPU collective would hold us up; leaving ends the group as well. What all ranks
+        # raise, or one that is alone, keeps nobody waiting.
+        stuck = backend == "nccl" and size > 1 and not getattr(error, "shared", False)
         if stuck and isinstance(error, PeerLost):
             atexit.register(_leave_now)
         raise
@@ -353,6 +354,8 @@ def _naming_lost_peers(heartbeat: Heartbeat, recorder: FlightRecorder) -> Iterat
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in SIGNS_OF_A_COLLECTIVE):
+            raise
+        if heartbeat.size == 1:  # there is nobody to lose: NCCL's own words tell more
             raise
         if dist.is_initialized():
             # Those who wait for this rank would hear of the loss only when it leaves: close the connections first.

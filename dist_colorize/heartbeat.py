@@ -83,7 +83,7 @@ class Heartbeat:
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, launcher: Launcher) -> None:
-        self._store, self._rank, self._size, self._launcher = store, rank, size, launcher
+        self._store, self._rank, self.size, self._launcher = store, rank, size, launcher
         self.reached = 0
         """Collectives that this rank has entered; the owner counts."""
         self.watched: dist.Work | None = None
@@ -99,7 +99,7 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        if self._size > 1 or self._launcher.exists:
+        if self.size > 1 or self._launcher.exists:
             self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
             self._thread.start()
         return self
@@ -107,7 +107,7 @@ class Heartbeat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self._size > 1:
+        if error is not None and self.size > 1:
             self._left = f"{type(error).__name__}: {error}"
         self._stop.set()
         if self._thread is not None:
@@ -126,7 +126,7 @@ class Heartbeat:
             return f"rank 0 and the store of the process group are gone ({self._met}); {_ADVICE}"
         time.sleep(SILENT_SECONDS)
         second = self._read() or first
-        others = [rank for rank in range(self._size) if rank != self._rank]
+        others = [rank for rank in range(self.size) if rank != self._rank]
         failed = [r for r in others if (sign := second.get(r)) and sign.left and not sign.left.startswith("PeerLost")]
         here = [r for r in others if r in second and not second[r].left and not second[r].met]  # and know of no loss
         silent = [r for r in here if r in first and second[r].count == first[r].count]
@@ -188,7 +188,7 @@ class Heartbeat:
         """The last sign of each rank that gave one; None where the store has gone."""
         signs = {}
         try:
-            for rank in range(self._size):
+            for rank in range(self.size):
                 if self._store.check([f"heartbeat/{rank}"]):
                     values: list[Any] = json.loads(self._store.get(f"heartbeat/{rank}"))
                     signs[rank] = Sign(*values)

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,17 @@ def ieee_fp32(request: pytest.FixtureRequest) -> None:
         from dist_colorize.hardware import use_ieee_fp32
 
         use_ieee_fp32()
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """A session that failed on a GPU keeps its process group, as its process is about to end; pytest's is not."""
+    yield
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @pytest.fixture(params=DEVICES)

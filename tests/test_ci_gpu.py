@@ -241,6 +241,8 @@ ERROR tests/test_b.py
         "error": 1,
         "wrong": "test_a.py::test_two[cuda] test_b.py",
     }
+    cut_off = "[gw1] [ 12%] PASSED tests/test_a.py::test_one \n[gw0] [ 15%] FAILED tests/test_a.py::test_two[cuda] \n"
+    assert script.tests(cut_off) == {"wrong": "test_a.py::test_two[cuda]"}
     assert script.tests("Segmentation fault") == {}
 
     found = [
@@ -297,6 +299,8 @@ def test_a_kind_that_its_decoder_dies_of_does_not_hide_the_others() -> None:
     }
     assert asked == [["a", "crashes", "b", "fails", "c"], ["b", "fails", "c"], ["c"]]
     good, bad = found["a"], found["crashes"]
+    hopeless = gpu_decode.each_kind(list("abcde"), lambda kinds: ("SIGSEGV", ""))
+    assert [str(hopeless[kind]) for kind in "abcd"] == ["SIGSEGV"] * 3 + ["not tried after 3 deaths"]
     assert gpu_decode.wrongly(good, bad)
     assert not gpu_decode.wrongly(bad, bad)  # the CPU cannot decode it either
     assert not gpu_decode.wrongly(good, good)

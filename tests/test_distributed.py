@@ -21,7 +21,7 @@ from conftest import kill_tree, rank_environment, torchrun_command
 
 from dist_colorize import distributed
 from dist_colorize.distributed import DistributedConfig, Lent, nccl_timeout, session
-from dist_colorize.errors import FAILURE, INTERRUPTED, UserError
+from dist_colorize.errors import FAILURE, INTERRUPTED, Interrupted, RunFailed, UserError
 from dist_colorize.flight_recorder import DUMP_SECONDS
 from dist_colorize.hardware import usable_cores
 from dist_colorize.heartbeat import SILENT_SECONDS, STUCK_SECONDS
@@ -333,6 +333,23 @@ def test_nccl_records_its_collectives_before_it_begins(nccl_stand_in: dict[str, 
         assert nccl_stand_in["environment"]["TORCH_FR_BUFFER_SIZE"] == "2000"
         assert nccl_stand_in["environment"]["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     assert "TORCH_FR_BUFFER_SIZE" not in os.environ
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("error", [RunFailed("all ranks know", shared=True), KeyError("a bug"), Interrupted("")])
+def test_a_rank_alone_keeps_no_process_group_after_an_error(nccl_stand_in: dict[str, Any], error: Exception) -> None:
+    threads = torch.get_num_threads()
+    with pytest.raises(type(error)), session(DistributedConfig(device="cpu")):
+        raise error
+    assert not torch.distributed.is_initialized()
+    torch.set_num_threads(threads)
+
+
+def test_where_nccl_fails_on_a_rank_alone_its_own_words_remain(nccl_stand_in: dict[str, Any]) -> None:
+    threads, failure = torch.get_num_threads(), torch.distributed.DistBackendError
+    with pytest.raises(failure, match="Last error"), session(DistributedConfig(device="cpu")):
+        raise failure("NCCL error: unhandled cuda error\nLast error: out of memory")
+    assert not torch.distributed.is_initialized()
     torch.set_num_threads(threads)
 
 

@@ -75,8 +75,8 @@ def test_memory_is_what_a_real_step_takes_on_a_gpu(precision: Literal["fp32", "b
             lightness = torch.full((8, 1, 224, 224), 50.0, device=world.device)
             optimisation.step(number, lightness, lightness.expand(-1, 2, -1, -1))
         taken = torch.cuda.max_memory_allocated() - before
-    # cuDNN's workspaces come on top
-    assert 0.85 * promised.peak < taken < 1.5 * promised.peak
+    # cuDNN's workspaces come on top; those of fp32 convolutions are large
+    assert 0.85 * promised.peak < taken < (1.5 if precision == "bf16" else 2.5) * promised.peak
 
 
 @pytest.mark.parametrize(

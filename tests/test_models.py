@@ -52,7 +52,8 @@ def test_folded_encoder_equals_torchvision_at_every_stride(vgg16_bn: torch.nn.Se
     assert encoder.channels == (128, 256, 512, 512)
     for stride, ours, theirs in zip((2, 4, 8, 16), found, expected[1:], strict=True):
         assert ours.shape[-2:] == (48 // stride, 64 // stride)
-        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-4)
+        # cuDNN sums thousands of products in another order
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-4 if device == "cpu" else 1e-3)
 
 
 def test_pretrained_weights_come_from_a_file(vgg16_bn: torch.nn.Sequential, tmp_path: Path) -> None:

@@ -249,7 +249,9 @@ def test_losses_and_weights_of_parts_add_up(method: str, device: str) -> None:
     lightness, ab = (tensor.to(device) for tensor in photographs(3))
     whole = torch.stack(one(lightness, ab)).detach()
     parts = sum(torch.stack(one(lightness[part], ab[part])).detach() for part in (slice(0, 1), slice(1, 3)))
-    np.testing.assert_allclose(parts.cpu().numpy(), whole.cpu().numpy(), rtol=2e-5)
+    # a GPU may choose other algorithms for other sizes of batch
+    tolerance = 2e-5 if device == "cpu" else 1e-4
+    np.testing.assert_allclose(parts.cpu().numpy(), whole.cpu().numpy(), rtol=tolerance)
 
 
 @pytest.mark.bits

@@ -30,7 +30,8 @@ def test_the_trace_of_a_run_names_the_parts_of_a_step(
     ranges = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
     assert {name: ranges[name] for name in RANGES} == dict.fromkeys(RANGES, 2)
     # what a range is for is inside it
-    encoders = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "encoder" and "dur" in e]
+    spans = [event for event in events if event.get("cat") == "user_annotation" and event["name"] == "encoder"]
+    encoders = [(event["ts"], event["ts"] + event["dur"]) for event in spans]
     convolutions = [e["ts"] for e in events if e["name"] == "aten::conv2d"]
     assert [sum(start <= ts <= end for ts in convolutions) for start, end in encoders] == [13, 13]
     kernels = [event for event in events if event.get("cat") == "kernel"]
