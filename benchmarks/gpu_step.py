@@ -5,8 +5,8 @@
     python -m benchmarks.gpu_step --device cpu --batches 1 --side 64 # the same code where there is no GPU
 
 The peers are the plain step of benchmarks/step.py in NCHW, in channels last, and in channels last through torch.compile
-(network and loss together); compiling takes most of a minute, so that peer is measured at the first batch size only. All
-have the same weights, labels and decoder, so their losses must agree. Times are those of CUDA events around several
+(network and loss together); compiling takes most of a minute, so that peer is measured at the first batch size only.
+All have the same weights, labels and decoder, so their losses must agree. Times are those of CUDA events around several
 steps, contestants in turn, medians. Memory is what torch has allocated at most, weights and optimizer included, while a
 contestant makes its first steps.
 

@@ -337,7 +337,8 @@ def session(config: DistributedConfig) -> Iterator[World]:
     except BaseException as error:
         # Ranks that still wait in a GPU collective would hold us up; leaving ends the group as well. What all ranks
         # raise, or one that is alone, keeps nobody waiting.
-        stuck = backend == "nccl" and size > 1 and not getattr(error, "shared", False)
+        waiting = isinstance(error, PeerLost) or (size > 1 and not getattr(error, "shared", False))
+        stuck = backend == "nccl" and waiting
         if stuck and isinstance(error, PeerLost):
             atexit.register(_leave_now)
         raise
