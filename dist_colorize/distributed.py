@@ -356,7 +356,7 @@ def _naming_lost_peers(heartbeat: Heartbeat, recorder: FlightRecorder) -> Iterat
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in SIGNS_OF_A_COLLECTIVE):
             raise
-        if heartbeat.size == 1:  # there is nobody to lose: NCCL's own words tell more
+        if heartbeat.size == 1 and isinstance(error, dist.DistBackendError):  # nobody is lost: NCCL's words tell more
             raise
         if dist.is_initialized():
             # Those who wait for this rank would hear of the loss only when it leaves: close the connections first.
