@@ -176,6 +176,21 @@ def test_another_world_size_sees_the_same_samples(train: Train, finished: Path, 
 
 
 @pytest.mark.bits
+def test_a_run_resumed_in_another_precision_says_so(
+    cache: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", cache["XDG_CACHE_HOME"])
+    threads = torch.get_num_threads()
+    short = [*TINY, f"run.dir={tmp_path / 'run'}", "train.validate_every=0", "evaluate.pictures=0", "train.ema=0.9"]
+    for steps, precision in ((2, "fp32"), (3, "fp16"), (4, "fp16"), (5, "bf16")):
+        main([*short, f"train.steps={steps}", f"train.precision={precision}"])
+        said = capfd.readouterr().out
+        assert ("made in fp32, resumed in fp16; the loss scale" in said) == (steps == 3)
+        assert ("made in fp16, resumed in bf16 (see train.precision)" in said) == (steps == 5)
+    assert len(losses(tmp_path / "run")) == 5
+    torch.set_num_threads(threads)
+
+
 def test_the_saved_config_repeats_the_run(train: Train, finished: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     done = train(2, f"run.dir={again}", config=finished / "config.yaml")
