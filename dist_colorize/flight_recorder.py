@@ -28,11 +28,11 @@ PREFIX = "TORCH_FR_DUMP_TEMP_FILE"
 OLD_NAMES = {"TORCH_FR_BUFFER_SIZE": "TORCH_NCCL_TRACE_BUFFER_SIZE", PREFIX: "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"}
 """Names that torch falls back on where the variable is not set."""
 DUMP_SECONDS = 10.0
-"""How long a dump may take. torch asks the GPU how far each collective is, and a GPU may answer no more."""
+"""How long a dump may take: torch queries an event of the GPU for each collective, which can block."""
 
 
 class FlightRecorder:
-    """As a context it sets torch's environment variables where the user has not, and removes them at the end."""
+    """Sets torch's environment variables where the user has not, from entering it as a context to leaving it."""
 
     def __init__(self, rank: int, enabled: bool) -> None:
         """`enabled`: False where there is no NCCL; all methods do nothing then."""

@@ -100,8 +100,8 @@ def train(recipe: Recipe, world: World, run: Run, stop: StopFlag) -> Evaluation:
         checkpoints.keep_if_best(step, result.scores[FINAL]["psnr"])
         return result
 
-    # The steps. After each one all ranks agree on whether to go on, on what they wished a step ago, so that none waits
-    # for the answer. What is due before the next step is left to the run that is resumed.
+    # The steps. The stop flags of a step travel during the next one, so that no rank waits for the answer; all ranks
+    # stop after the same step. What is due before the step that would follow is done by the run that is resumed.
     run.resume(step)
     meter = Meter()
     with (
