@@ -7,8 +7,8 @@
             raise PeerLost(heartbeat.explain(error))
 
 A thread writes a line into the process group's store every second. Nobody reads it until a collective has failed.
-It also watches one collective that runs beside the main thread, and reports its failure where the main thread is blocked
-by a GPU.
+It also watches one collective that runs beside the main thread, and reports its failure where that thread is blocked by
+a GPU.
 Under torchrun the thread also looks whether torchrun still lives: killed, it leaves its ranks behind, and they would go
 on beside those that it starts next time. They are told to stop instead, as by SIGTERM.
 """
