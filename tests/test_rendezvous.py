@@ -106,7 +106,7 @@ def test_a_launcher_that_goes_is_noticed_by_a_rank_that_waits(port: int, monkeyp
     """The store may be on another node, and live on: it is the rank that looks after its own torchrun."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     meeting = Rendezvous(0, 2, 3600, Launcher())
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: 0)
     with pytest.raises(PeerLost, match="torchrun has gone before the ranks had met"):
         meeting.exchange("name", "rank 0")
 
