@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dist_colorize.distributed import DistributedConfig, session
+from dist_colorize.distributed import DistributedConfig, World, session
 from dist_colorize.models import METHODS, ModelConfig, TrainingModule, build
 from dist_colorize.optimisation import Optimisation, TrainConfig
 
@@ -18,15 +18,18 @@ def of(field: str) -> int:
 
 def main(images: int, side: int) -> None:
     with session(DistributedConfig(device="cpu", threads=1)) as world:
-        # what libraries allocate once
-        TrainingModule(build(ModelConfig(width=0.1)), METHODS["final"](torch.ones(313)))(*batch(1, 16))[0].backward()
+        steps(ModelConfig(width=0.1), 1, 16, world)  # what libraries import and allocate once
         before = of("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
-        module = TrainingModule(build(ModelConfig()), METHODS["final"](torch.ones(313)))
-        optimisation = Optimisation(module, TrainConfig(precision="fp32", global_batch=images), world)
-        for number in range(2):
-            optimisation.step(number, *batch(images, side))
+        steps(ModelConfig(), images, side, world)
         print(of("VmHWM") - before)
+
+
+def steps(model: ModelConfig, images: int, side: int, world: World) -> None:
+    module = TrainingModule(build(model), METHODS["final"](torch.ones(313)))
+    optimisation = Optimisation(module, TrainConfig(precision="fp32", global_batch=images), world)
+    for number in range(2):
+        optimisation.step(number, *batch(images, side))
 
 
 def batch(images: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
